@@ -1,0 +1,176 @@
+"""Users' mistakes, each answered by one sentence with both offending values, before any kernel starts."""
+
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from minilm_kernels._allowed import Pattern
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("sequence", "token", "sum")
+IMPLEMENTATIONS = ("triton", "chunked", "reference")
+MAX_TRITON_DIM = 256
+
+
+def check_tensor(name: str, x: object) -> Tensor:
+    """A floating tensor (B, H, N, D), none of them 0."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions (B, H, N, D), got {x.dim()}: {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must have no empty dimension, got {tuple(x.shape)}")
+    return x
+
+
+def check_triple(whose: str, triple: object, relations: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors that the relations use, by letter."""
+    if not isinstance(triple, Sequence) or len(triple) != 3:
+        size = f"{len(triple)} of them" if isinstance(triple, Sequence) else type(triple).__name__
+        raise TypeError(f"{whose} must be three tensors (q, k, v), got {size}")
+    by_letter = dict(zip("qkv", triple, strict=True))
+    used = {}
+    for relation in relations:
+        for letter in relation:
+            if by_letter[letter] is None:
+                raise ValueError(f"relation {relation!r} needs the {whose}'s {letter}, got None")
+            used[letter] = check_tensor(f"{whose}'s {letter}", by_letter[letter])
+    return used
+
+
+def check_same_place(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
+    """One device, batch size and length for all tensors; one dtype within a model."""
+    named = [(f"teacher's {name}", x) for name, x in teacher.items()]
+    named += [(f"student's {name}", x) for name, x in student.items()]
+    first_name, first = named[0]
+    for name, x in named[1:]:
+        if x.device != first.device:
+            raise ValueError(f"{first_name} is on {first.device}, {name} on {x.device}; all must be on one device")
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(f"{first_name} has batch size {first.shape[0]}, {name} has {x.shape[0]}")
+        if x.shape[2] != first.shape[2]:
+            raise ValueError(f"{first_name} has {first.shape[2]} tokens, {name} has {x.shape[2]}")
+    for whose, tensors in (("teacher", teacher), ("student", student)):
+        (first_name, first), *others = tensors.items()
+        for name, x in others:
+            if x.dtype != first.dtype:
+                raise TypeError(f"the {whose}'s {first_name} is {first.dtype}, its {name} {x.dtype}; give it one dtype")
+
+
+def check_equal_heads(relation: str, teacher_heads: int, student_heads: int) -> None:
+    if teacher_heads != student_heads:
+        raise ValueError(
+            f"relation {relation!r} has {teacher_heads} heads in the teacher and {student_heads} in the student; "
+            "set relation_heads to split both into the same number"
+        )
+
+
+def check_pattern(pattern: Pattern, batch: int, length: int, device: torch.device) -> None:
+    """Shapes, types and devices of what restricts the keys; values too where that costs no synchronisation."""
+    mask, causal, prefix, cu_seqlens = pattern
+    if cu_seqlens is not None and (mask is not None or prefix is not None):
+        other = "attention_mask" if mask is not None else "prefix_lengths"
+        raise ValueError(f"cu_seqlens and {other} exclude each other: packed sequences have no padding and no prefix")
+    if prefix is not None and not causal:
+        raise ValueError("prefix_lengths needs causal=True, got causal=False")
+    for name, x in (("attention_mask", mask), ("prefix_lengths", prefix), ("cu_seqlens", cu_seqlens)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}, the query, key and value tensors are on {device}")
+        if name != "attention_mask" and (x.is_floating_point() or x.dtype == torch.bool):
+            raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(f"attention_mask must have shape (B, N) = ({batch}, {length}), got {tuple(mask.shape)}")
+    if prefix is not None:
+        if prefix.shape != (batch,):
+            raise ValueError(f"prefix_lengths must have shape (B,) = ({batch},), got {tuple(prefix.shape)}")
+        if _readable(prefix) and not bool(((prefix >= 0) & (prefix <= length)).all()):
+            raise ValueError(f"prefix_lengths must lie in 0..{length}, got {prefix.tolist()}")
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens needs one packed row (B = 1), got B = {batch}")
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+            raise ValueError(f"cu_seqlens must have shape (S + 1,) with S >= 1, got {tuple(cu_seqlens.shape)}")
+        if _readable(cu_seqlens):
+            edges = cu_seqlens.tolist()
+            if edges[0] != 0 or edges != sorted(edges) or edges[-1] > length:
+                raise ValueError(f"cu_seqlens must rise from 0 to at most N = {length}, got {edges}")
+
+
+def check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_relation_heads(relation_heads: int | None) -> None:
+    if relation_heads is None:
+        return
+    if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
+        raise TypeError(f"relation_heads must be an int or None, got {type(relation_heads).__name__}")
+    if relation_heads < 1:
+        raise ValueError(f"relation_heads must be at least 1, got {relation_heads}")
+
+
+def relation_weights(relations: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Weight of each relation by name, those of weight 0 left out; an unknown, repeated or negative one raises."""
+    if isinstance(relations, str):
+        raise TypeError(f"relations must be a sequence of names or a dict of weights, got the string {relations!r}")
+    names = list(relations)
+    if not names:
+        raise ValueError("relations is empty; MiniLM uses ('qk', 'vv'), MiniLMv2 ('qq', 'kk', 'vv')")
+    for name in names:
+        if not (isinstance(name, str) and len(name) == 2 and set(name) <= set("qkv")):
+            raise ValueError(f"unknown relation {name!r}; a relation is two of the letters q, k, v")
+        if names.count(name) > 1:
+            raise ValueError(f"relation {name!r} is named {names.count(name)} times; give it a weight instead")
+    weights = dict(relations) if isinstance(relations, Mapping) else dict.fromkeys(names, 1.0)
+    for name, weight in weights.items():
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"the weight of relation {name!r} must be finite and not negative, got {weight}")
+    if not any(weights.values()):
+        raise ValueError(f"every relation has weight 0: {weights}; nothing would be learnt")
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def choose_implementation(implementation: str | None, tensors: Sequence[Tensor]) -> str:
+    """The named implementation if it takes these tensors, else an error; None means the best for the device."""
+    device = tensors[0].device.type
+    dim = max(x.shape[3] for x in tensors)
+    double = any(x.dtype == torch.float64 for x in tensors)
+    if implementation is None:
+        fits = device == "cuda" and dim <= MAX_TRITON_DIM and not double
+        return "triton" if fits and importlib.util.find_spec("triton") else "chunked"
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "triton":
+        if double:
+            raise TypeError("implementation='triton' takes float32, bfloat16 and float16, got float64")
+        if dim > MAX_TRITON_DIM:
+            raise ValueError(f"implementation='triton' takes head dimensions up to {MAX_TRITON_DIM}, got {dim}")
+        if device != "cuda" and not _triton_interprets():
+            raise ValueError(f"implementation='triton' needs tensors on cuda, got {device}")
+    return implementation
+
+
+def _triton_interprets() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether a value can be read without a device synchronisation or a graph break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

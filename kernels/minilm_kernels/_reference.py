@@ -1,0 +1,48 @@
+"""The formula, with every N×N matrix in memory: it defines correctness and works in any float type.
+
+    P = softmax(X_T Y_Tᵀ / (√d_T τ)),  Q = softmax(X_S Y_Sᵀ / (√d_S τ))   over the allowed keys
+    row loss  KL(P_i ‖ Q_i) = Σ_j P_ij (log P_ij − log Q_ij)   in nats     (MiniLM eq. 6 and 9, MiniLMv2 eq. 5 and 6)
+B batch, R relation heads, N tokens, d dimension of a relation head, τ temperature.
+"""
+
+import torch
+from torch import Tensor
+
+from minilm_kernels._allowed import Pattern, allowed_matrix
+
+
+def reference_rows(
+    x_t: Tensor,  # (B, R, N, d_T)
+    y_t: Tensor,  # (B, R, N, d_T)
+    x_s: Tensor,  # (B, R, N, d_S)
+    y_s: Tensor,  # (B, R, N, d_S)
+    pattern: Pattern,
+    scale_t: float,
+    scale_s: float,
+) -> Tensor:
+    """Row losses (B, R, N) in nats, 0 for rows that are no token; differentiable any number of times in the student.
+
+    bf16 and fp16 products stay in their type, as eager code has it; softmax and KL are taken in float32 or wider.
+
+    >>> x = torch.tensor([[[[1.0], [3.0]]]], dtype=torch.float64)
+    >>> reference_rows(x, x, x, x, Pattern(), 1.0, 1.0)
+    tensor([[[0., 0.]]], dtype=torch.float64)
+    """
+    batch, _, length, _ = x_t.shape
+    allowed = allowed_matrix(pattern, batch, length, x_t.device)
+    row = allowed.any(2)
+    key = allowed.any(1)
+    allowed = (allowed | ~row.unsqueeze(2)).unsqueeze(1)
+
+    def log_softmax(x: Tensor, y: Tensor, scale: float) -> Tensor:
+        x = torch.where(row[:, None, :, None], x, 0)
+        y = torch.where(key[:, None, :, None], y, 0)
+        scores = (x @ y.mT) * scale
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return torch.log_softmax(scores.to(wide).masked_fill(~allowed, -torch.inf), dim=-1)
+
+    with torch.no_grad():
+        log_p = log_softmax(x_t, y_t, scale_t)
+    log_q = log_softmax(x_s, y_s, scale_s)
+    difference = torch.where(allowed, log_p.to(log_q.dtype) - log_q, 0)
+    return (log_p.exp().to(log_q.dtype) * difference).sum(-1) * row.unsqueeze(1)
