@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from minilm_kernels import relation_losses, weighted_sum
 from minilm_kernels._checks import relation_weights
-from minilm_kernels._loss import Triple
+from minilm_kernels._loss import Triple, minilm_losses
 
 
 class MiniLMLoss(nn.Module):
@@ -46,10 +45,10 @@ class MiniLMLoss(nn.Module):
         cu_seqlens: Tensor | None = None,  # (S + 1,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and {relation: its unweighted loss, detached}."""
-        losses = relation_losses(
+        return minilm_losses(
             teacher,
             student,
-            list(self.relations),
+            self.relations,
             self.relation_heads,
             attention_mask,
             self.causal,
@@ -59,7 +58,6 @@ class MiniLMLoss(nn.Module):
             self.reduction,
             self.implementation,
         )
-        return weighted_sum(losses, self.relations), {name: loss.detach() for name, loss in losses.items()}
 
     def extra_repr(self) -> str:
         return f"relations={self.relations}, relation_heads={self.relation_heads}, reduction={self.reduction!r}"

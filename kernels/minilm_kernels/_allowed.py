@@ -50,12 +50,18 @@ def allowed_matrix(pattern: Pattern, batch: int, length: int, device: torch.devi
 
 def allowed_keys(
     pattern: Pattern, reduction: str, batch: int, length: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Allowed, Tensor]:
-    """Intervals, and the weight of each row in the reduction, heads apart: (B or 1, 1, N or 1) in `dtype`.
+) -> tuple[Allowed, Tensor | None, float]:
+    """Intervals, and the weight of each row in the reduction, heads apart: a tensor (B, N) in `dtype` and a factor.
 
     "sequence": 1/(tokens of the row's sequence * sequences with tokens); "token": 1/tokens; "sum" and "none": 1.
     Everything is computed on the device; no value is read back.
     """
+    if pattern.attention_mask is None and pattern.cu_seqlens is None:
+        factor = 1.0 if reduction in ("sum", "none") else 1.0 / (batch * length)
+        if not pattern.causal:
+            return Allowed(None, None), None, factor
+    else:
+        factor = 1.0
     position = torch.arange(length, device=device)
     first, end = torch.zeros((1, 1), dtype=torch.int64, device=device), torch.full((1, 1), length, device=device)
     token, holes = None, None
@@ -74,17 +80,15 @@ def allowed_keys(
         first, end = edges[sequence].unsqueeze(0), edges[sequence + 1].unsqueeze(0)
         tokens = end - first
         sequences = (edges.diff() > 0).sum()
-    else:
-        tokens, sequences = end, torch.full((), batch, device=device)
 
-    weight = torch.ones((1, 1), dtype=dtype, device=device) if token is None else token.to(dtype)
-    if reduction == "sequence":
-        weight = weight / (tokens.clamp(min=1) * sequences.clamp(min=1))
-    elif reduction == "token":
-        weight = weight / (tokens * batch if token is None else token.sum()).clamp(min=1)
+    weight = None
+    if token is not None:
+        weight = token.to(dtype)
+        if reduction == "sequence":
+            weight = weight / (tokens.clamp(min=1) * sequences.clamp(min=1))
+        elif reduction == "token":
+            weight = weight / token.sum().clamp(min=1)
 
-    if token is None and not pattern.causal:
-        return Allowed(None, None), weight.unsqueeze(1)
     key_end, row_first = end, first
     if pattern.causal:
         last_seen = position + 1
@@ -97,4 +101,4 @@ def allowed_keys(
     bounds = torch.stack([edge.expand(batch, length) for edge in (first, key_end, row_first, end)])
     if token is not None:
         bounds = bounds * token
-    return Allowed(bounds.to(torch.int32), holes), weight.unsqueeze(1)
+    return Allowed(bounds.to(torch.int32), holes), weight, factor

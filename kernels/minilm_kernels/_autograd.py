@@ -1,95 +1,88 @@
-"""One relation as an autograd Function over the registered ops; the student's tensors get gradients, nothing else does.
+"""Relations as an autograd Function over the registered ops; the student's tensors get gradients, nothing else does.
 
-The weight of a row is either known beforehand and equal along each sequence (the scalar reductions: then everything is
-linear in it, and the ops may prepare gradients of unit weight in the forward), or comes with the gradient of the rows.
+The weight of a row is either known beforehand and equal along each sequence (the scalar reductions: everything is linear
+in it, and the ops may prepare gradients in the forward), or comes with the gradient of the rows.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from minilm_kernels import _ops
-from minilm_kernels._allowed import Allowed
+from minilm_kernels._relations import Relations
 
 
-def relation_op(
-    x_t: Tensor,  # (B, R, N, d_T)
-    y_t: Tensor,
-    x_s: Tensor,  # (B, R, N, d_S)
-    y_s: Tensor,
-    allowed: Allowed,
-    row_weight: Tensor | None,  # (B or 1, 1, N or 1), equal along each sequence
-    scale_t: float,
-    scale_s: float,
-    implementation: str,
-) -> Tensor:
-    """Σ row_weight · row loss, a scalar; or the row losses (B, R, N) without row_weight."""
-    needs_gradient = torch.is_grad_enabled() and (x_s.requires_grad or y_s.requires_grad)
-    is_self = y_t is x_t and y_s is x_s
-    loss: Tensor = _Relation.apply(
-        x_s,
-        None if is_self else y_s,
-        x_t.detach(),
-        None if is_self else y_t.detach(),
-        allowed.bounds,
-        allowed.holes,
-        row_weight,
-        scale_t,
-        scale_s,
-        implementation,
-        needs_gradient,
+def relation_op(relations: Relations, relation_weights: list[float], implementation: str) -> tuple[Tensor, Tensor]:
+    """(Σ relation weight · loss, losses (relations,) without gradient); without sums (rows (relations, B, R, N), same)."""
+    student = (*relations.x_s, *relations.y_s)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in student)
+    constants = relations._replace(
+        x_t=[x.detach() for x in relations.x_t], y_t=[y.detach() for y in relations.y_t], x_s=(), y_s=()
     )
-    return loss
+    result: tuple[Tensor, Tensor] = _Relations.apply(
+        constants, len(relations.x_s), relation_weights, implementation, needs_gradient, *student
+    )
+    return result
 
 
-class _Relation(torch.autograd.Function):
+class _Relations(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_s: Tensor,
-        y_s: Tensor | None,
-        x_t: Tensor,
-        y_t: Tensor | None,
-        bounds: Tensor | None,
-        holes: Tensor | None,
-        row_weight: Tensor | None,
-        scale_t: float,
-        scale_s: float,
+        constants: Relations,
+        count: int,
+        relation_weights: list[float],
         implementation: str,
         needs_gradient: bool,
-    ) -> Tensor:
+        *student: Tensor,  # x_s of every relation, then y_s
+    ) -> tuple[Tensor, Tensor]:
+        relations = constants._replace(x_s=list(student[:count]), y_s=list(student[count:]))
         forward, _ = _ops.named(implementation)
-        prepare = needs_gradient and row_weight is not None
-        rows, lse_t, lse_s, dx, dy = forward(
-            x_t, y_t, x_s, y_s, bounds, holes, scale_t, scale_s, needs_gradient, prepare
-        )
-        ctx.save_for_backward(x_t, y_t, x_s, y_s, bounds, holes, row_weight, lse_t, lse_s, dx, dy)
-        ctx.constants = (scale_t, scale_s, implementation)
-        return rows if row_weight is None else (rows * row_weight).sum()
+        value, lse_t, lse_s, dx, dy = forward(*relations, needs_gradient)
+        ctx.save_for_backward(*student, *constants.x_t, *constants.y_t, lse_t, lse_s)
+        ctx.constants = constants._replace(x_t=(), y_t=())
+        ctx.options = count, relation_weights, implementation
+        ctx.prepared = dx, dy
+        parts = value.detach()
+        ctx.mark_non_differentiable(parts)
+        if not relations.sums:
+            return value, parts
+        if any(weight != 1 for weight in relation_weights):
+            value = torch.stack([part * weight for part, weight in zip(value, relation_weights, strict=True)])
+        return value.sum(), parts
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_t, y_t, x_s, y_s, bounds, holes, row_weight, lse_t, lse_s, dx, dy = ctx.saved_tensors
-        scale_t, scale_s, implementation = ctx.constants
-        _, backward = _ops.named(implementation)
-        weight = grad if row_weight is None else (grad * row_weight).expand(x_s.shape[:3])
-        dx, dy = backward(
-            x_t, y_t, x_s, y_s, bounds, holes, lse_t, lse_s, dx, dy, weight, scale_t, scale_s, row_weight is not None
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        count, relation_weights, implementation = ctx.options
+        *tensors, lse_t, lse_s = ctx.saved_tensors
+        student, teacher = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        relations = ctx.constants._replace(
+            x_t=teacher[:count], y_t=teacher[count:], x_s=student[:count], y_s=student[count:]
         )
+        forward, backward = _ops.named(implementation)
+        if ctx.prepared is None:  # a second backward: the first one completed the prepared gradients in place
+            _, _, _, dx, dy = forward(*relations, True)
+        else:
+            dx, dy = ctx.prepared
+            ctx.prepared = None
+        dx = dx or [torch.empty_like(x) for x in relations.x_s]
+        dy = dy or [torch.empty_like(y) for y in relations.y_s]
+        backward(*relations, lse_t, lse_s, grad, relation_weights, dx, dy)
+        gradients = [*dx, *dy]
         if torch.is_grad_enabled():
-            dx = _NoSecondDerivative.apply(dx, x_s, implementation)
-            dy = _NoSecondDerivative.apply(dy, x_s, implementation)
-        return dx, None if y_s is None else dy, *(None,) * 9
+            gradients = [
+                _NoSecondDerivative.apply(g, x, implementation) for g, x in zip(gradients, student, strict=True)
+            ]
+        return *(None,) * 5, *gradients
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     """The identity; differentiating it raises. (`once_differentiable` stays silent if grad_output needs no grad.)"""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor, depends_on: Tensor, implementation: str) -> Tensor:
-        ctx.implementation = implementation  # type: ignore[attr-defined]
+    def forward(ctx: Any, gradient: Tensor, depends_on: Tensor, implementation: str) -> Tensor:
+        ctx.implementation = implementation
         return gradient.view_as(gradient)
 
     @staticmethod

@@ -15,135 +15,98 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from minilm_kernels._relations import Relations
+
 BLOCK_ELEMENTS = 1 << 17  # scores in a block: four float32 buffers of it fit in a core's second-level cache
 
 
-def allocate_forward(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
-    scale_t: float,
-    scale_s: float,
-    needs_gradient: bool,
-    prepare: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows (B, R, N), no lse, and the gradients of unit weight if they are prepared."""
-    wide = _wide(x_s)
-    rows = x_s.new_empty(x_s.shape[:3], dtype=wide)
-    dx = torch.empty_like(x_s, dtype=wide) if prepare else rows.new_empty(0)
-    dy = torch.empty_like(y_s, dtype=wide) if prepare and y_s is not None else rows.new_empty(0)
-    return rows, rows.new_empty(0), rows.new_empty(0), dx, dy
+def allocate(
+    relations: Relations, needs_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """What `forward` returns, uninitialised: no lse, and all gradients where the row weights are known."""
+    value = relations.value()
+    if not (needs_gradient and relations.sums):
+        return value, value.new_empty(0), value.new_empty(0), [], []
+    dx, dy = ([torch.empty_like(x) for x in xs] for xs in (relations.x_s, relations.y_s))
+    return value, value.new_empty(0), value.new_empty(0), dx, dy
 
 
 def forward(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
-    scale_t: float,
-    scale_s: float,
-    needs_gradient: bool,
-    prepare: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fills what `allocate_forward` makes."""
-    outputs = allocate_forward(x_t, y_t, x_s, y_s, bounds, holes, scale_t, scale_s, needs_gradient, prepare)
-    rows, _, _, dx, dy = outputs
-    gradients = (dx, dy if y_s is not None else dx) if prepare else None
-    _sweep(x_t, y_t, x_s, y_s, bounds, holes, scale_t, scale_s, rows, gradients, None)
+    relations: Relations, needs_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    outputs = allocate(relations, needs_gradient)
+    value, _, _, dx, dy = outputs
+    row_weight = _row_weight(relations)
+    for i in range(len(relations.x_s)):
+        rows, gradients = _sweep(relations, i, True, bool(dx), None)
+        value[i] = (rows * row_weight).sum() if relations.sums else rows
+        for prepared, gradient in zip((dx, dy), gradients, strict=False):
+            prepared[i].copy_(gradient * row_weight.unsqueeze(3) if relations.folds_weight else gradient)
     return outputs
 
 
-def allocate_backward(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
-    lse_t: Tensor,
-    lse_s: Tensor,
-    dx: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    scale_t: float,
-    scale_s: float,
-    along_sequence: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_s), x_s.new_empty(0) if y_s is None else torch.empty_like(y_s)
-
-
 def backward(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
+    relations: Relations,
     lse_t: Tensor,
     lse_s: Tensor,
-    dx: Tensor,
-    dy: Tensor,
-    weight: Tensor,  # (B, R, N)
-    scale_t: float,
-    scale_s: float,
-    along_sequence: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of Σ weight · row loss; for a self relation the first is the whole gradient."""
-    if not along_sequence:
-        dx = torch.empty_like(x_s, dtype=_wide(x_s))
-        dy = dx if y_s is None else torch.empty_like(y_s, dtype=_wide(x_s))
-        _sweep(x_t, y_t, x_s, y_s, bounds, holes, scale_t, scale_s, None, (dx, dy), weight)
-        return dx.to(x_s.dtype), x_s.new_empty(0) if y_s is None else dy.to(x_s.dtype)
-    weight = weight.unsqueeze(3)
-    return (dx * weight).to(x_s.dtype), x_s.new_empty(0) if y_s is None else (dy * weight).to(x_s.dtype)
+    grad: Tensor,  # () with sums, else (relations, B, R, N)
+    relation_weights: list[float],
+    dx: list[Tensor],
+    dy: list[Tensor],
+) -> None:
+    """Completes dx and dy in place."""
+    for i, relation_weight in enumerate(relation_weights):
+        of_relation = [gradients[i] for gradients in (dx, dy) if gradients]
+        if not relations.sums:
+            for output, gradient in zip(of_relation, _sweep(relations, i, False, True, grad[i])[1], strict=True):
+                output.copy_(gradient)
+            continue
+        factor = grad * relation_weight
+        if not relations.folds_weight:
+            factor = (factor * _row_weight(relations)).unsqueeze(3)
+        for prepared in of_relation:
+            prepared.copy_(prepared * factor)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _row_weight(relations: Relations) -> Tensor:
+    """(B or 1, 1, N or 1)."""
+    if relations.row_weight is None:
+        return relations.x_s[0].new_full((1, 1, 1), relations.weight, dtype=relations.wide)
+    return relations.row_weight.unsqueeze(1) * relations.weight
 
 
 def _sweep(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
-    scale_t: float,
-    scale_s: float,
-    rows: Tensor | None,
-    gradients: tuple[Tensor, Tensor] | None,
-    weight: Tensor | None,
-) -> None:
-    """Fills rows, and the gradients of Σ weight · row loss (weight None: 1), block by block."""
-    y_t, y_s = x_t if y_t is None else y_t, x_s if y_s is None else y_s
-    for output in (rows, *(gradients or ())):
-        if output is not None:
-            output.zero_()
+    relations: Relations, i: int, with_rows: bool, with_gradients: bool, weight: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Rows (B, R, N) of relation i, and the gradients (dX, dY) of Σ weight · row loss (weight None: 1), block by block.
+
+    For a self relation there is one gradient, of both sides together. What is not asked for is empty.
+    """
+    x_t, x_s, y_t, y_s = relations.x_t[i], relations.x_s[i], relations.keys_t[i], relations.keys_s[i]
+    bounds, holes = relations.bounds, relations.holes
+    rows = x_s.new_zeros(x_s.shape[:3] if with_rows else (0,), dtype=relations.wide)
+    sides = (x_s,) if relations.is_self else (x_s, y_s)
+    gradients = tuple(torch.zeros_like(x, dtype=relations.wide) for x in sides) if with_gradients else ()
     with torch.autocast(x_s.device.type, enabled=False):
         for batch, heads, row, key in _blocks(bounds, x_s):
             at_rows, at_keys = (batch, heads, row), (batch, heads, key)
             denied, is_row, is_key = _denied(bounds, holes, batch, row, key)
             x, y = _tokens(x_s[at_rows], is_row), _tokens(y_s[at_keys], is_key)
-            log_p, p = _softmax(_tokens(x_t[at_rows], is_row), _tokens(y_t[at_keys], is_key), scale_t, denied)
-            log_q, q = _softmax(x, y, scale_s, denied)
-            if rows is not None:
+            log_p, p = _softmax(_tokens(x_t[at_rows], is_row), _tokens(y_t[at_keys], is_key), relations.scale_t, denied)
+            log_q, q = _softmax(x, y, relations.scale_s, denied)
+            if with_rows:
                 difference = log_p.sub_(log_q)
                 if denied is not None:
                     difference.masked_fill_(denied, 0)
                 rows[at_rows] = _only(torch.linalg.vecdot(p, difference).unsqueeze(3), is_row).squeeze(3)
-            if gradients is not None:
+            if with_gradients:
                 g = q.sub_(p)
                 if weight is not None:
                     g.mul_(weight[at_rows].unsqueeze(3))
                 g = _only(g, is_row)
-                gradients[0][at_rows] += (g @ y).mul_(scale_s)
-                gradients[1][at_keys] += (g.mT @ x).mul_(scale_s)
+                gradients[0][at_rows] += (g @ y).mul_(relations.scale_s)
+                gradients[-1][at_keys] += (g.mT @ x).mul_(relations.scale_s)
+    return rows, gradients
 
 
 def _blocks(bounds: Tensor | None, x: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
@@ -189,7 +152,7 @@ def _denied(
 
 def _tokens(x: Tensor, token: Tensor | None) -> Tensor:
     """In float32 or wider, zeros where there is no token, whatever stands there."""
-    x = x.to(_wide(x))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x if token is None else torch.where(token, x, 0)
 
 

@@ -5,6 +5,7 @@ B batch, H heads of a model, R relation heads, N tokens, D head dimension of a m
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from minilm_kernels import _checks as checks
 from minilm_kernels._allowed import Pattern, allowed_keys
 from minilm_kernels._autograd import relation_op
 from minilm_kernels._heads import relation_pair
-from minilm_kernels._reference import reference_rows
+from minilm_kernels._reference import reference_losses
+from minilm_kernels._relations import Relations
 
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
+Sides = tuple[Tensor, Tensor, Tensor, Tensor]  # x and y of the teacher, x and y of the student
 
 
 def fused_minilm_loss(
@@ -63,11 +66,10 @@ def fused_minilm_loss(
     >>> fused_minilm_loss((q, q, q), (q, 3 * q, q))
     tensor(0.1794)
     """
-    weights = checks.relation_weights(relations)
-    losses = relation_losses(
+    loss, _ = minilm_losses(
         teacher,
         student,
-        list(weights),
+        checks.relation_weights(relations),
         relation_heads,
         attention_mask,
         causal,
@@ -77,39 +79,39 @@ def fused_minilm_loss(
         reduction,
         implementation,
     )
-    return weighted_sum(losses, weights)
+    return loss
 
 
-def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Σ weight · loss over the relations (MiniLM eq. 10), not divided by the weights' sum."""
-    terms = [loss if weights[name] == 1 else loss * weights[name] for name, loss in losses.items()]
-    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-
-
-def relation_losses(
+def minilm_losses(
     teacher: Triple,
     student: Triple,
-    relations: Sequence[str],
-    relation_heads: int | None = None,
-    attention_mask: Tensor | None = None,
-    causal: bool = False,
-    prefix_lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    temperature: float = 1.0,
-    reduction: str = "sequence",
-    implementation: str | None = None,
-) -> dict[str, Tensor]:
-    """Each relation's loss by name, before weighting; arguments and errors as in `fused_minilm_loss`."""
+    relation_weights: Mapping[str, float],
+    relation_heads: int | None,
+    attention_mask: Tensor | None,
+    causal: bool,
+    prefix_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    reduction: str,
+    implementation: str | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`fused_minilm_loss`, and the loss of each relation by name, unweighted and detached."""
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    teacher_tensors = checks.check_triple("teacher", teacher, relations)
-    student_tensors = checks.check_triple("student", student, relations)
+    teacher_tensors = checks.check_triple("teacher", teacher, relation_weights)
+    student_tensors = checks.check_triple("student", student, relation_weights)
     checks.check_same_place(teacher_tensors, student_tensors)
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
-    sides = [
-        (teacher_tensors[x], teacher_tensors[y], student_tensors[x], student_tensors[y]) for x, y in relations
-    ]
-    losses = _relations(list(relations), sides, relation_heads, pattern, temperature, reduction, implementation)
-    return dict(zip(relations, losses, strict=True))
+    sides = {
+        name: (teacher_tensors[name[0]], teacher_tensors[name[1]], student_tensors[name[0]], student_tensors[name[1]])
+        for name in relation_weights
+    }
+    total, parts = None, {}
+    for names, loss, part in _losses(sides, relation_weights, relation_heads, pattern, temperature, reduction,
+                                     implementation):  # fmt: skip
+        total = loss if total is None else total + loss
+        parts |= dict(zip(names, part.unbind(0), strict=True))
+    assert total is not None
+    return total, {name: parts[name] for name in relation_weights}
 
 
 def relation_kl(
@@ -146,43 +148,62 @@ def relation_kl(
         checks.check_tensor(name, x)
     checks.check_same_place(*tensors)
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
-    name = "xx" if y_t is x_t and y_s is x_s else "xy"
-    sides = [(x_t, y_t, x_s, y_s)]
-    return _relations([name], sides, relation_heads, pattern, temperature, reduction, implementation)[0]
+    sides = {"x-y": (x_t, y_t, x_s, y_s)}
+    [(_, loss, _)] = _losses(sides, {"x-y": 1.0}, relation_heads, pattern, temperature, reduction, implementation)
+    return loss
 
 
-def _relations(
-    names: list[str],
-    sides: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+def _losses(
+    sides: Mapping[str, Sides],
+    weights: Mapping[str, float],
     relation_heads: int | None,
     pattern: Pattern,
     temperature: float,
     reduction: str,
     implementation: str | None,
-) -> list[Tensor]:
-    """One loss a relation, (B, R, N) rows under "none"."""
+) -> list[tuple[list[str], Tensor, Tensor]]:
+    """(names, weighted sum, detached losses) of each group of relations that one call of an op takes.
+
+    Under reduction "none" there is one relation, and its rows (B, R, N) stand for the weighted sum.
+    """
     checks.check_temperature(temperature)
     checks.check_relation_heads(relation_heads)
-    batch, _, length, _ = sides[0][0].shape
-    device = sides[0][0].device
-    checks.check_pattern(pattern, batch, length, device)
-    split = [
-        (*relation_pair(x_t, y_t, relation_heads, "teacher"), *relation_pair(x_s, y_s, relation_heads, "student"))
-        for x_t, y_t, x_s, y_s in sides
-    ]
-    for name, (x_t, _, x_s, _) in zip(names, split, strict=True):
+    first = next(iter(sides.values()))[0]
+    checks.check_pattern(pattern, first.shape[0], first.shape[2], first.device)
+    groups: dict[Any, dict[str, Sides]] = {}
+    for name, (x_t, y_t, x_s, y_s) in sides.items():
+        is_self = y_t is x_t and y_s is x_s
+        x_t, y_t = relation_pair(x_t, y_t, relation_heads, "teacher")
+        x_s, y_s = relation_pair(x_s, y_s, relation_heads, "student")
         checks.check_equal_heads(name, x_t.shape[1], x_s.shape[1])
-    chosen = checks.choose_implementation(implementation, [x for tensors in split for x in tensors])
-    wide = torch.promote_types(split[0][2].dtype, torch.float32)
-    allowed, weight = allowed_keys(pattern, reduction, batch, length, device, wide)
-    losses = []
-    for x_t, y_t, x_s, y_s in split:
-        row_weight = weight if reduction in ("sum", "none") else weight / x_t.shape[1]
-        scale_t, scale_s = (1 / (math.sqrt(x.shape[3]) * temperature) for x in (x_t, x_s))
+        tensors = (x_t, y_t, x_s, y_s)
+        kind = is_self, *((x.shape, x.stride(), x.dtype) for x in tensors)
+        groups.setdefault(kind, {})[name] = tensors
+    split = [x for group in groups.values() for tensors in group.values() for x in tensors]
+    chosen = checks.choose_implementation(implementation, split)
+    wide = torch.promote_types(split[2].dtype, torch.float32)
+    allowed, row_weight, factor = allowed_keys(pattern, reduction, *first.shape[0:3:2], first.device, wide)
+    results = []
+    for (is_self, *_), group in groups.items():
+        x_t, y_t, x_s, y_s = (list(side) for side in zip(*group.values(), strict=True))
+        heads, d_t, d_s = x_t[0].shape[1], x_t[0].shape[3], x_s[0].shape[3]
+        relations = Relations(
+            x_t,
+            [] if is_self else y_t,
+            x_s,
+            [] if is_self else y_s,
+            *allowed,
+            row_weight,
+            factor if reduction in ("sum", "none") else factor / heads,
+            1 / (math.sqrt(d_t) * temperature),
+            1 / (math.sqrt(d_s) * temperature),
+            symmetric=not pattern.causal,
+            sums=reduction != "none",
+        )
+        group_weights = [weights[name] for name in group]
         if chosen == "reference":
-            rows = reference_rows(x_t, y_t, x_s, y_s, pattern, scale_t, scale_s)
-            losses.append(rows if reduction == "none" else (rows * row_weight).sum())
+            loss, parts = reference_losses(relations, pattern, group_weights)
         else:
-            sum_weight = None if reduction == "none" else row_weight
-            losses.append(relation_op(x_t, y_t, x_s, y_s, allowed, sum_weight, scale_t, scale_s, chosen))
-    return losses
+            loss, parts = relation_op(relations, group_weights, chosen)
+        results.append((list(group), loss if relations.sums else loss[0], parts))
+    return results

@@ -1,8 +1,8 @@
 """The ops `minilm_kernels::{triton,chunked}_{forward,backward}`, registered so that torch.compile sees one node each.
 
-Both implementations have the same two ops; y_t and y_s are None for a self relation. What an op returns for meta tensors
-is what its module's `allocate_…` returns, which the op itself fills. Modules are imported at their first use.
-B batch, R relation heads, N tokens; tensors that were not asked for are empty.
+Forward returns the sums or rows, the logarithms of the softmax sums, and the gradients it prepared, of each relation's
+x and y: with the row weights but not the gradient of the loss (`Relations.folds_weight`); lists and tensors that the
+implementation does not need are empty. Backward completes the gradients in place. For self relations dx is the whole.
 """
 
 from collections.abc import Callable
@@ -11,32 +11,32 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from minilm_kernels._relations import SCHEMA, Relations
 
 _LIBRARY = torch.library.Library("minilm_kernels", "DEF")
-
-# dx and dy are of unit row weight: dx is there if needs_gradient, dy if the implementation prepares it
-_FORWARD = (
-    "(Tensor x_t, Tensor? y_t, Tensor x_s, Tensor? y_s, Tensor? bounds, Tensor? holes, float scale_t, float scale_s, "
-    "bool needs_gradient, bool prepare) -> (Tensor rows, Tensor lse_t, Tensor lse_s, Tensor dx, Tensor dy)"
-)
+_FORWARD = f"({SCHEMA}, bool needs_gradient) -> (Tensor value, Tensor lse_t, Tensor lse_s, Tensor[] dx, Tensor[] dy)"
 _BACKWARD = (
-    "(Tensor x_t, Tensor? y_t, Tensor x_s, Tensor? y_s, Tensor? bounds, Tensor? holes, Tensor lse_t, Tensor lse_s, "
-    "Tensor dx, Tensor dy, Tensor weight, float scale_t, float scale_s, bool along_sequence) -> (Tensor dx, Tensor dy)"
+    f"({SCHEMA}, Tensor lse_t, Tensor lse_s, Tensor grad, float[] relation_weights, "
+    "Tensor(a!)[] dx, Tensor(b!)[] dy) -> ()"
 )
+
+
+def _call(module: str, function: str, *args: Any) -> Any:
+    fields = len(Relations._fields)
+    return getattr(import_module(module), function)(Relations(*args[:fields]), *args[fields:])
 
 
 def _register(implementation: str) -> None:
-    module = f"minilm_kernels._{implementation}"
-
-    def call(function: str, *args: Any) -> Any:
-        return getattr(import_module(module), function)(*args)
-
-    for direction, schema in (("forward", _FORWARD), ("backward", _BACKWARD)):
+    call = partial(_call, f"minilm_kernels._{implementation}")
+    for direction, schema, fake in (
+        ("forward", _FORWARD, partial(call, "allocate")),
+        ("backward", _BACKWARD, lambda *_: None),
+    ):
         name = f"{implementation}_{direction}"
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, partial(call, direction), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"minilm_kernels::{name}", partial(call, f"allocate_{direction}"), lib=_LIBRARY)
+        torch.library.register_fake(f"minilm_kernels::{name}", fake, lib=_LIBRARY)
 
 
 for _implementation in ("triton", "chunked"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minilm_kernels._allowed import Pattern, allowed_matrix
+from minilm_kernels._relations import Relations
 
 
 def reference_rows(
@@ -46,3 +47,20 @@ def reference_rows(
     log_q = log_softmax(x_s, y_s, scale_s)
     difference = torch.where(allowed, log_p.to(log_q.dtype) - log_q, 0)
     return (log_p.exp().to(log_q.dtype) * difference).sum(-1) * row.unsqueeze(1)
+
+
+def reference_losses(relations: Relations, pattern: Pattern, relation_weights: list[float]) -> tuple[Tensor, Tensor]:
+    """(Σ relation weight · loss, detached losses (relations,)); without sums the rows (relations, B, R, N), twice."""
+    rows = torch.stack(
+        [
+            reference_rows(*tensors, pattern, relations.scale_t, relations.scale_s)
+            for tensors in zip(relations.x_t, relations.keys_t, relations.x_s, relations.keys_s, strict=True)
+        ]
+    )
+    if not relations.sums:
+        return rows, rows.detach()
+    if relations.row_weight is not None:
+        rows = rows * relations.row_weight.unsqueeze(1)
+    losses = rows.sum((1, 2, 3)) * relations.weight
+    total = torch.stack([loss * weight for loss, weight in zip(losses, relation_weights, strict=True)]).sum()
+    return total, losses.detach()

@@ -1,171 +1,200 @@
-"""Launches of the Triton kernels: what the ops `minilm_kernels::triton_{forward,backward}` run.
+"""What the ops `minilm_kernels::triton_{forward,backward}` run: the launches of each structure (see _plan).
 
-B batch, R relation heads, N tokens, d dimension of a relation head.
+G relations, B batch, R relation heads, N tokens.
 """
-
-import contextlib
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from minilm_kernels._triton._keys import _key_sweep
-from minilm_kernels._triton._rows import _row_sweep
-from minilm_kernels._triton._steps import LOG2_E
+from minilm_kernels._relations import Relations
+from minilm_kernels._triton._keys import key_sweep
+from minilm_kernels._triton._launch import Launch, group, lse_argument, row_weights
+from minilm_kernels._triton._plan import dimensions, lse_parts, padded, structure, tiles
+from minilm_kernels._triton._resident import resident, scale_in_place
+from minilm_kernels._triton._rows import row_sweep
+from minilm_kernels._triton._self import self_sweep
+
+LOG2_E = 1.4426950408889634
+Outputs = tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]
 
 
-def allocate_forward(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
-    scale_t: float,
-    scale_s: float,
-    needs_gradient: bool,
-    prepare: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows (B, R, N); with gradient also both lse, and dX of unit weight in the student's dtype."""
-    rows = x_s.new_empty(x_s.shape[:3], dtype=torch.float32)
-    nothing = rows.new_empty(0)
-    if not needs_gradient:
-        return rows, nothing, rows.new_empty(0), x_s.new_empty(0), x_s.new_empty(0)
-    return rows, torch.empty_like(rows), torch.empty_like(rows), torch.empty_like(x_s), x_s.new_empty(0)
+def allocate(relations: Relations, needs_gradient: bool) -> Outputs:
+    """What `forward` returns, uninitialised."""
+    value = relations.value()
+    kind = structure(relations)
+    has_lse = needs_gradient and kind != "resident"
+    parts = lse_parts(relations) if has_lse else 0
+    lse_t, lse_s = (value.new_empty((parts, *relations.shape)) for _ in range(2))
+    dx = [torch.empty_like(x) for x in relations.x_s] if needs_gradient and kind != "self" else []
+    dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and kind == "resident" else []
+    return value, lse_t, lse_s, dx, dy
 
 
-def forward(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
-    scale_t: float,
-    scale_s: float,
-    needs_gradient: bool,
-    prepare: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fills what `allocate_forward` makes."""
-    outputs = allocate_forward(x_t, y_t, x_s, y_s, bounds, holes, scale_t, scale_s, needs_gradient, prepare)
-    rows, lse_t, lse_s, dx, _ = outputs
-    y_t, y_s = x_t if y_t is None else y_t, x_s if y_s is None else y_s
-    batch, heads, length, _ = x_s.shape
-    plan = _plan(x_t, x_s)
-    grid = (triton.cdiv(length, plan["BLOCK_M"]) * heads * batch,)
-    with _on_device(x_s):
-        _row_sweep[grid](
-            *(_argument(x) for x in (x_t, y_t, x_s, y_s)),
-            bounds,
-            holes,
-            (rows, lse_t, lse_s),
-            _argument(dx) if needs_gradient else None,
-            (scale_t * LOG2_E, scale_s * LOG2_E, scale_s),
-            batch,
-            heads,
-            length,
-            **plan,
-        )
+def forward(relations: Relations, needs_gradient: bool) -> Outputs:
+    outputs = allocate(relations, needs_gradient)
+    value, lse_t, lse_s, dx, dy = outputs
+    if structure(relations) == "resident":
+        launch = resident_launch(relations, value, dx, dy)
+    else:
+        launch = row_launch(relations, value, lse_t, lse_s, dx)
+    if relations.sums:
+        launch.arguments["value"] = partial = value.new_empty(launch.programs)
+    launch.run(value.device)
+    if relations.sums:
+        torch.sum(partial.view(len(value), -1), 1, out=value)
     return outputs
-
-
-def allocate_backward(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
-    lse_t: Tensor,
-    lse_s: Tensor,
-    dx: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    scale_t: float,
-    scale_s: float,
-    along_sequence: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_s), x_s.new_empty(0) if y_s is None else torch.empty_like(y_s)
 
 
 def backward(
-    x_t: Tensor,
-    y_t: Tensor | None,
-    x_s: Tensor,
-    y_s: Tensor | None,
-    bounds: Tensor | None,
-    holes: Tensor | None,
+    relations: Relations,
     lse_t: Tensor,
     lse_s: Tensor,
-    dx: Tensor,
-    dy: Tensor,
-    weight: Tensor,  # (B, R, N)
-    scale_t: float,
-    scale_s: float,
-    along_sequence: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of Σ weight · row loss; for a self relation the first is the whole gradient."""
-    unit_dx = dx
-    outputs = allocate_backward(
-        x_t, y_t, x_s, y_s, bounds, holes, lse_t, lse_s, dx, dy, weight, scale_t, scale_s, along_sequence
-    )
-    dx, dy = outputs
-    is_self = y_s is None
-    y_t, y_s = x_t if y_t is None else y_t, x_s if y_s is None else y_s
-    batch, heads, length, _ = x_s.shape
-    unit = torch.ones((), device=weight.device)
-    if not along_sequence:
-        unit = weight.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-        weight = weight / unit
-    plan = _plan(x_t, x_s)
-    grid = (triton.cdiv(length, plan["BLOCK_N"]) * heads * batch,)
-    with _on_device(x_s):
-        _key_sweep[grid](
-            *(_argument(x) for x in (x_t, y_t, x_s, y_s)),
-            bounds,
-            holes,
-            lse_t,
-            lse_s,
-            _argument(weight),
-            unit,
-            _argument(unit_dx),
-            _argument(dx),
-            None if is_self else _argument(dy),
-            (scale_t * LOG2_E, scale_s * LOG2_E, scale_s),
-            batch,
-            heads,
-            length,
-            ALONG_SEQUENCE=along_sequence,
-            **plan,
-        )
-    return outputs
+    grad: Tensor,  # () with sums, else (G, B, R, N)
+    relation_weights: list[float],
+    dx: list[Tensor],
+    dy: list[Tensor],
+) -> None:
+    """Completes dx and dy in place."""
+    kind = structure(relations)
+    if kind == "resident":
+        launches = [scale_launch(relations, grad, relation_weights, gradients) for gradients in (dx, dy) if gradients]
+    elif kind == "self":
+        launches = [self_launch(relations, lse_t, lse_s, grad, relation_weights, dx)]
+    else:
+        launches = [key_launch(relations, lse_t, lse_s, grad, relation_weights, dx, dy)]
+    for launch in launches:
+        launch.run(grad.device)
 
 
-def _argument(x: Tensor) -> tuple[Any, ...]:
-    return (x, *x.stride())
-
-
-def _plan(x_t: Tensor, x_s: Tensor) -> dict[str, Any]:
-    """Tile sizes and launch options."""
-    d_t, d_s = x_t.shape[3], x_s.shape[3]
-    dim_t, dim_s = (max(16, triton.next_power_of_2(d)) for d in (d_t, d_s))
-    wide = max(dim_t, dim_s) * (4 if torch.float32 in (x_t.dtype, x_s.dtype) else 2)
-    block = 64 if wide <= 256 else 32 if wide <= 512 else 16
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+def _shared(relations: Relations) -> dict[str, object]:
+    """Arguments that all kernels with scores have."""
+    _, batch, heads, length = relations.shape
     return {
-        "D_T": d_t,
-        "D_S": d_s,
-        "DIM_T": dim_t,
-        "DIM_S": dim_s,
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "BLOCK_M": block,
-        "BLOCK_N": block,
-        "num_warps": 4,
-        "num_stages": 2,
+        "x_t": group(relations.x_t),
+        "x_s": group(relations.x_s),
+        "bounds": relations.bounds,
+        "row_weight": row_weights(relations.row_weight),
+        "scales": (relations.scale_t * LOG2_E, relations.scale_s * LOG2_E, relations.scale_s, relations.weight),
+        "B": batch,
+        "R": heads,
+        "N": length,
+        **dimensions(relations),
     }
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors' own."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def row_launch(relations: Relations, value: Tensor, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor]) -> Launch:
+    count, batch, heads, length = relations.shape
+    block_m, block_n, num_warps, num_stages = tiles("rows" if dx else "forward", relations)
+    arguments = _shared(relations) | {
+        "y_t": group(relations.keys_t),
+        "y_s": group(relations.keys_s),
+        "holes": relations.holes,
+        "value": value,
+        "lse_t": lse_argument(lse_t),
+        "lse_s": lse_argument(lse_s),
+        "dx": group(dx),
+        "SUMS": relations.sums,
+        "FOLD": relations.sums and relations.folds_weight,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    programs = triton.cdiv(length, block_m) * heads * batch * count
+    return Launch(row_sweep, programs, arguments, num_warps, num_stages)
+
+
+def key_launch(
+    relations: Relations,
+    lse_t: Tensor,
+    lse_s: Tensor,
+    grad: Tensor,
+    relation_weights: list[float],
+    dx: list[Tensor],
+    dy: list[Tensor],
+) -> Launch:
+    count, batch, heads, length = relations.shape
+    block_m, block_n, num_warps, num_stages = tiles("keys", relations)
+    unit = None
+    if not relations.sums:
+        unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        grad = (grad / unit).contiguous()
+    arguments = _shared(relations) | {
+        "y_t": group(relations.keys_t),
+        "y_s": group(relations.keys_s),
+        "holes": relations.holes,
+        "lse_t": lse_argument(lse_t),
+        "lse_s": lse_argument(lse_s),
+        "grad": grad,
+        "unit": unit,
+        "relation_weights": tuple(relation_weights),
+        "dx": group(dx),
+        "dy": group(dy),
+        "SUMS": relations.sums,
+        "FOLD": relations.folds_weight,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    programs = triton.cdiv(length, block_n) * heads * batch * count
+    return Launch(key_sweep, programs, arguments, num_warps, num_stages)
+
+
+def self_launch(
+    relations: Relations,
+    lse_t: Tensor,
+    lse_s: Tensor,
+    grad: Tensor,
+    relation_weights: list[float],
+    dx: list[Tensor],
+) -> Launch:
+    count, batch, heads, length = relations.shape
+    block_m, block_n, num_warps, num_stages = tiles("self", relations)
+    arguments = _shared(relations) | {
+        "holes": relations.holes,
+        "lse_t": lse_argument(lse_t),
+        "lse_s": lse_argument(lse_s),
+        "grad": grad,
+        "relation_weights": tuple(relation_weights),
+        "dx": group(dx),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    programs = triton.cdiv(length, block_m) * heads * batch * count
+    return Launch(self_sweep, programs, arguments, num_warps, num_stages)
+
+
+def resident_launch(relations: Relations, value: Tensor, dx: list[Tensor], dy: list[Tensor]) -> Launch:
+    count, batch, heads, length = relations.shape
+    block = padded(length)
+    arguments = _shared(relations) | {
+        "y_t": group(relations.y_t),
+        "y_s": group(relations.y_s),
+        "value": value,
+        "dx": group(dx),
+        "dy": group(dy),
+        "FOLD": relations.folds_weight,
+        "WHOLE": length == block,
+        "BLOCK": block,
+    }
+    return Launch(resident, heads * batch * count, arguments, max(1, block // 16), 1)
+
+
+def scale_launch(
+    relations: Relations, grad: Tensor, relation_weights: list[float], gradients: list[Tensor]
+) -> Launch:
+    count, batch, heads, length = relations.shape
+    dim, block = relations.x_s[0].shape[3], padded(length)
+    arguments = {
+        "gradients": group(gradients),
+        "row_weight": row_weights(relations.row_weight),
+        "grad": grad,
+        "relation_weights": tuple(relation_weights),
+        "weight": relations.weight,
+        "B": batch,
+        "R": heads,
+        "N": length,
+        "FOLD": relations.folds_weight,
+        "D_S": dim,
+        "DIM_S": padded(dim),
+        "BLOCK": block,
+    }
+    return Launch(scale_in_place, heads * batch * count, arguments, 4, 1)

@@ -1,9 +1,11 @@
-"""Steps that the kernels share. A tensor (B, R, N, d) comes as one argument: (pointer, its four strides).
+"""Steps that the kernels share.
 
+A group of G tensors (B, R, N, d) of equal strides comes as one argument: ((pointer, ...), and the four strides).
 Scores are in base 2 (log2 e is folded into their factor), because the hardware's exponential is. FLOOR stands for the
 score of a key that is not allowed: finite, so that differences of two of them exist, and exp2 of it is 0.
 
-B batch, R relation heads, N tokens, d dimension of a relation head, DIM its padded size, BLOCK tokens of a tile.
+G relations, B batch, R relation heads, N tokens, D dimension of a relation head, DIM its padded size, BLOCK tokens of a
+tile.
 """
 
 import triton
@@ -11,14 +13,30 @@ import triton.language as tl
 from triton import knobs
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-LOG2_E = 1.4426950408889634
 FLOOR: tl.constexpr = tl.constexpr(-1e30)
 INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
-def head_pointer(x, batch, head):
-    return x[0] + batch.to(tl.int64) * x[1] + head.to(tl.int64) * x[2]
+def program(blocks, R, B):
+    """(tile, head, batch, relation) of this program; the tiles of a head are neighbours and share its keys in cache."""
+    pid = tl.program_id(0)
+    rest = pid // blocks
+    return pid % blocks, rest % R, rest // R % B, rest // R // B
+
+
+@triton.jit
+def pick(choices, which):
+    """choices[which] for a number known only when the kernel runs."""
+    chosen = choices[0]
+    for i in tl.static_range(1, len(choices)):
+        chosen = tl.where(which == i, choices[i], chosen)
+    return chosen
+
+
+@triton.jit
+def head_pointer(x, relation, batch, head):
+    return pick(x[0], relation) + batch.to(tl.int64) * x[1] + head.to(tl.int64) * x[2]
 
 
 @triton.jit
@@ -49,7 +67,7 @@ def load_tokens(x, base, start, token, D: tl.constexpr, DIM: tl.constexpr, BLOCK
 def store_tokens(x, base, start, values, inside, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     pointers = tile_pointers(x, base, start, BLOCK, DIM)
     mask = inside[:, None] & (tl.arange(0, DIM) < D)[None, :]
-    tl.store(pointers, values.to(x[0].dtype.element_ty), mask=mask)
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -71,14 +89,83 @@ def interval(bounds, which: tl.constexpr, batch, start, B, N, BLOCK: tl.constexp
 
 
 @triton.jit
-def common_range(first, end, holes, batch, N, BLOCK: tl.constexpr):
-    """(start, full, end): every partner of a tile lies in start..end, and start..full, whole tiles, is allowed for all."""
-    has = first < end
-    start = tl.min(tl.where(has, first, N), 0)
-    last = tl.max(tl.where(has, end, 0), 0)
-    same_start = tl.max(tl.where(has, first, 0), 0) == start
-    shared = tl.min(tl.where(has, end, N), 0)
+def partners(bounds, holes, which: tl.constexpr, batch, start, B, N, OWN: tl.constexpr, BLOCK: tl.constexpr):
+    """What the OWN tokens from `start` on may see.
+
+    (is a token, first partner, end of partners, start, full, end): the partners of all lie in start..end, and those in
+    start..full, whole tiles of BLOCK, are tokens that each of them sees.
+    """
+    inside = start + tl.arange(0, OWN) < N
+    if bounds is None:
+        zero = tl.zeros([OWN], tl.int32)
+        return inside, zero, zero + N, 0, N // BLOCK * BLOCK, N
+    else:
+        first, end = interval(bounds, which, batch, start, B, N, OWN)
+        token = first < end
+        low = tl.min(tl.where(token, first, N), 0)
+        high = tl.max(tl.where(token, end, 0), 0)
+        shared = tl.min(tl.where(token, end, N), 0)
+        whole = tl.max(tl.where(token, first, 0), 0) == low
+        if holes is not None:
+            whole = whole & (tl.load(holes + batch) == 0)
+        full = low + tl.where(whole, tl.maximum(shared - low, 0) // BLOCK * BLOCK, 0)
+        return token, first, end, low, full, high
+
+
+@triton.jit
+def is_token(bounds, holes, batch, start, end, B, N, BLOCK: tl.constexpr):
+    """Which of the tokens from `start` on, before `end`, are any; only a mask with holes has others among them."""
+    offs = start + tl.arange(0, BLOCK)
     if holes is not None:
-        same_start = same_start & (tl.load(holes + batch) == 0)
-    full = tl.where(same_start, tl.maximum(shared - start, 0) // BLOCK * BLOCK, 0)
-    return start, start + full, last
+        key_first, key_end = interval(bounds, 0, batch, start, B, N, BLOCK)
+        return (offs < end) & (key_first < key_end)
+    else:
+        return offs < end
+
+
+@triton.jit
+def weight_of(row_weight, weight, batch, start, inside, BLOCK: tl.constexpr):
+    """Weight of the rows from `start` on; row_weight is None or (pointer, stride of the batch, stride of the tokens)."""
+    if row_weight is None:
+        return tl.full([BLOCK], 1.0, tl.float32) * weight
+    else:
+        offs = batch * row_weight[1] + (start + tl.arange(0, BLOCK)) * row_weight[2]
+        return tl.load(row_weight[0] + offs, mask=inside, other=0.0) * weight
+
+
+@triton.jit
+def store_lse(lse, offs, token, inside, m, l):
+    """Logarithm of a softmax sum: m + log2 l, or both apart where lse is a pair; inf where there is no token."""
+    if lse[1] is None:
+        tl.store(lse[0] + offs, tl.where(token, m + tl.log2(l), float("inf")), mask=inside)
+    else:
+        tl.store(lse[0] + offs, tl.where(token, m, float("inf")), mask=inside)
+        tl.store(lse[1] + offs, tl.where(token, tl.log2(l), 0.0), mask=inside)
+
+
+@triton.jit
+def load_lse(lse, offs, token):
+    """The two parts of the logarithms of softmax sums; the second is 0 where they are stored as one number."""
+    high = tl.load(lse[0] + offs, mask=token, other=0.0)
+    if lse[1] is None:
+        return high, tl.zeros_like(high)
+    else:
+        return high, tl.load(lse[1] + offs, mask=token, other=0.0)
+
+
+@triton.jit
+def load_all_lse(lse, offs):
+    high = tl.load(lse[0] + offs)
+    if lse[1] is None:
+        return high, tl.zeros_like(high)
+    else:
+        return high, tl.load(lse[1] + offs)
+
+
+@triton.jit
+def probability(scores, lse, high, low, AXIS: tl.constexpr):
+    """2^(scores − lse) with the parts of lse along the other axis; in two steps the rounding of large lse does not count."""
+    scores -= tl.expand_dims(high, AXIS)
+    if lse[1] is not None:
+        scores -= tl.expand_dims(low, AXIS)
+    return tl.exp2(scores)

@@ -1,0 +1,66 @@
+"""What one call of an op gets: relations of equal shape, the keys they allow, and the weights of their rows.
+
+B batch, R relation heads, N tokens, d_T and d_S dimensions of a relation head in teacher and student.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Relations(NamedTuple):
+    """Relations that share shapes, strides and dtypes, and are all self relations or all cross relations."""
+
+    x_t: Sequence[Tensor]  # (B, R, N, d_T) each
+    y_t: Sequence[Tensor]  # none for self relations
+    x_s: Sequence[Tensor]  # (B, R, N, d_S) each
+    y_s: Sequence[Tensor]
+    bounds: Tensor | None  # see _allowed.Allowed
+    holes: Tensor | None
+    row_weight: Tensor | None  # (B or 1, N), equal along a sequence; None: 1
+    weight: float  # of every row besides
+    scale_t: float
+    scale_s: float
+    symmetric: bool  # whether key j allowed for row i means key i allowed for row j
+    sums: bool  # True: one weighted sum a relation; False: the rows themselves, unweighted
+
+    @property
+    def is_self(self) -> bool:
+        return not self.y_s
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Relations, B, R, N."""
+        batch, heads, length, _ = self.x_s[0].shape
+        return len(self.x_s), batch, heads, length
+
+    @property
+    def keys_t(self) -> Sequence[Tensor]:
+        return self.y_t or self.x_t
+
+    @property
+    def keys_s(self) -> Sequence[Tensor]:
+        return self.y_s or self.x_s
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Type of losses and accumulators."""
+        return torch.promote_types(self.x_s[0].dtype, torch.float32)
+
+    @property
+    def folds_weight(self) -> bool:
+        """Whether prepared gradients hold the row weights: in float16 those would push them below its smallest number."""
+        return self.x_s[0].dtype != torch.float16
+
+    def value(self) -> Tensor:
+        """Uninitialised: the sums (relations,) or the rows (relations, B, R, N)."""
+        shape = self.shape
+        return self.x_s[0].new_empty(shape[:1] if self.sums else shape, dtype=self.wide)
+
+
+SCHEMA = (
+    "Tensor[] x_t, Tensor[] y_t, Tensor[] x_s, Tensor[] y_s, Tensor? bounds, Tensor? holes, Tensor? row_weight, "
+    "float weight, float scale_t, float scale_s, bool symmetric, bool sums"
+)

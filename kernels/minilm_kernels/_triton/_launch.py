@@ -1,0 +1,36 @@
+"""One launch of a kernel: what it is called with, on which grid, and with which options."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self, device: torch.device) -> None:
+        """Triton launches on the current device, which need not be the tensors' own."""
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[(self.programs,)](
+                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True
+            )
+
+
+def group(tensors: Any) -> tuple[Any, ...] | None:
+    """Tensors of equal strides as one kernel argument."""
+    return (tuple(tensors), *tensors[0].stride()) if tensors else None
+
+
+def row_weights(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x, *x.stride())
+
+
+def lse_argument(lse: Tensor) -> tuple[Any, ...] | None:
+    """Logarithms of the softmax sums (parts, G, B, R, N) as (high, low); low is None where one number holds them."""
+    return None if len(lse) == 0 else (lse[0], lse[1] if len(lse) == 2 else None)

@@ -1,0 +1,61 @@
+"""Which structure a call gets, and with which tiles: pinned, so that results are the same bits from run to run.
+
+- "resident": whole rows on chip; sums of short sequences with small heads, loss and gradients from one launch.
+- "self": forward, then one sweep for the gradient of a self relation, where row and key see each other or neither does.
+- "cross": forward with dX, then a sweep for dY; everything else.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from minilm_kernels._relations import Relations
+
+RESIDENT_TOKENS = 128
+RESIDENT_DIM = 64
+
+
+class Tiles(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def structure(relations: Relations) -> str:
+    x_t, x_s = relations.x_t[0], relations.x_s[0]
+    tokens = RESIDENT_TOKENS if max(x_t.element_size(), x_s.element_size()) == 2 else RESIDENT_TOKENS // 2
+    if relations.sums and x_s.shape[2] <= tokens and max(x_t.shape[3], x_s.shape[3]) <= RESIDENT_DIM:
+        return "resident"
+    return "self" if relations.is_self and relations.symmetric and relations.sums else "cross"
+
+
+def padded(dim: int) -> int:
+    """tl.dot needs 16 and powers of two."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def tiles(kernel: str, relations: Relations) -> Tiles:
+    x_t, x_s = relations.x_t[0], relations.x_s[0]
+    width = max(padded(x_t.shape[3]) * x_t.element_size(), padded(x_s.shape[3]) * x_s.element_size())
+    block = 64 if width <= 256 else 32 if width <= 512 else 16
+    return Tiles(block, block, 4, 2)
+
+
+def dimensions(relations: Relations) -> dict[str, Any]:
+    """The constants of every kernel that multiplies scores."""
+    d_t, d_s = relations.x_t[0].shape[3], relations.x_s[0].shape[3]
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {
+        "D_T": d_t,
+        "D_S": d_s,
+        "DIM_T": padded(d_t),
+        "DIM_S": padded(d_s),
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
+
+
+def lse_parts(relations: Relations) -> int:
+    """Numbers that hold the logarithm of a softmax sum: in float32 one would round away what eager code keeps."""
+    return 2 if torch.float32 in (relations.x_t[0].dtype, relations.x_s[0].dtype) else 1

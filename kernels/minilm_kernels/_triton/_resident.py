@@ -1,0 +1,121 @@
+"""Whole rows on chip, for short sequences: sums and all gradients of a head from one launch, two exponentials an element.
+
+    P = softmax(t),  Q = softmax(s),  G = w (Q − P),   dX = scale_S G Y_S,   dY = scale_S Gᵀ X_S
+One program holds the N×N scores of a head in registers; they never reach memory. A self relation gets dX + dY.
+
+G relations, B batch, R relation heads, N <= BLOCK tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S
+padded.
+"""
+
+import triton
+import triton.language as tl
+
+from minilm_kernels._triton._steps import (
+    FLOOR,
+    LN2,
+    head_pointer,
+    interval,
+    load_tokens,
+    pick,
+    program,
+    store_tokens,
+    tile_pointers,
+    weight_of,
+)
+
+
+@triton.jit
+def resident(
+    x_t,  # ((pointers), strides) of G tensors (B, R, N, D_T)
+    y_t,  # None for self relations
+    x_s,  # of G tensors (B, R, N, D_S)
+    y_s,
+    bounds,  # (4, B, N) or None
+    row_weight,  # (pointer, strides) of (B, N), or None
+    value,  # (programs,), Σ weight · KL of each
+    dx,  # of G tensors (B, R, N, D_S), or None
+    dy,
+    scales,  # scale_t log2 e, scale_s log2 e, scale_s, weight
+    B,
+    R,
+    N,
+    FOLD: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether N = BLOCK
+    D_T: tl.constexpr,
+    D_S: tl.constexpr,
+    DIM_T: tl.constexpr,
+    DIM_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    zero, head, batch, relation = program(1, R, B)
+    offs = tl.arange(0, BLOCK)
+    inside = offs < N
+    token = inside
+    if bounds is not None:
+        first, end = interval(bounds, 0, batch, 0, B, N, BLOCK)
+        token = first < end
+    own_t = load_tokens(x_t, head_pointer(x_t, relation, batch, head), zero, token, D_T, DIM_T, BLOCK)
+    own_s = load_tokens(x_s, head_pointer(x_s, relation, batch, head), zero, token, D_S, DIM_S, BLOCK)
+    if y_t is None:
+        key_t, key_s = own_t, own_s
+    else:
+        key_t = load_tokens(y_t, head_pointer(y_t, relation, batch, head), zero, token, D_T, DIM_T, BLOCK)
+        key_s = load_tokens(y_s, head_pointer(y_s, relation, batch, head), zero, token, D_S, DIM_S, BLOCK)
+    t = tl.dot(own_t, key_t.T, input_precision=PRECISION)
+    s = tl.dot(own_s, key_s.T, input_precision=PRECISION)
+    if bounds is not None:
+        allowed = token[None, :] & (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
+        t, s = tl.where(allowed, t, FLOOR), tl.where(allowed, s, FLOOR)
+    elif not WHOLE:
+        t, s = tl.where(inside[None, :], t, FLOOR), tl.where(inside[None, :], s, FLOOR)
+
+    t = t * scales[0] - (tl.max(t, 1) * scales[0])[:, None]
+    s = s * scales[1] - (tl.max(s, 1) * scales[1])[:, None]
+    p, q = tl.exp2(t), tl.exp2(s)
+    l_t, l_s = tl.sum(p, 1), tl.sum(q, 1)
+    kl = LN2 * (tl.sum(p * (t - s), 1) / l_t - tl.log2(l_t) + tl.log2(l_s))
+    weight = weight_of(row_weight, scales[3], batch, 0, inside, BLOCK)
+    tl.store(value + tl.program_id(0), tl.sum(tl.where(token, kl * weight, 0.0), 0))
+    if dx is not None:
+        g = q * tl.where(token, 1.0 / l_s, 0.0)[:, None] - p * tl.where(token, 1.0 / l_t, 0.0)[:, None]
+        g = g.to(own_s.dtype)
+        factor = weight * scales[2] if FOLD else tl.full([BLOCK], 1.0, tl.float32) * scales[2]
+        gradient = tl.dot(g, key_s, input_precision=PRECISION)
+        if dy is None:
+            gradient = tl.dot(g.T, own_s, gradient, input_precision=PRECISION)
+        else:
+            other = tl.dot(g.T, own_s, input_precision=PRECISION) * factor[:, None]
+            store_tokens(dy, head_pointer(dy, relation, batch, head), zero, other, inside, D_S, DIM_S, BLOCK)
+        gradient *= factor[:, None]
+        store_tokens(dx, head_pointer(dx, relation, batch, head), zero, gradient, inside, D_S, DIM_S, BLOCK)
+
+
+@triton.jit
+def scale_in_place(
+    gradients,  # ((pointers), strides) of G tensors (B, R, N, D_S)
+    row_weight,  # (pointer, strides) of (B, N), or None
+    grad,  # of the weighted sum, one number
+    relation_weights,
+    weight,
+    B,
+    R,
+    N,
+    FOLD: tl.constexpr,
+    D_S: tl.constexpr,
+    DIM_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Multiplies the gradients by that of the loss, and by the row weights unless they hold them; by 1: does nothing."""
+    tile, head, batch, relation = program(tl.cdiv(N, BLOCK), R, B)
+    n = tile * BLOCK
+    inside = n + tl.arange(0, BLOCK) < N
+    factor = tl.load(grad) * pick(relation_weights, relation)
+    own = tl.full([BLOCK], 1.0, tl.float32) * factor
+    if not FOLD:
+        own *= weight_of(row_weight, weight, batch, n, inside, BLOCK)
+    if (factor != 1.0) | (not FOLD):
+        pointers = tile_pointers(gradients, head_pointer(gradients, relation, batch, head), n, BLOCK, DIM_S)
+        mask = inside[:, None] & (tl.arange(0, DIM_S) < D_S)[None, :]
+        scaled = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * own[:, None]
+        tl.store(pointers, scaled.to(pointers.dtype.element_ty), mask=mask)
