@@ -1,7 +1,7 @@
 """Relations as an autograd Function over the registered ops; the student's tensors get gradients, nothing else does.
 
-The weight of a row is either known beforehand and equal along each sequence (the scalar reductions: everything is linear
-in it, and the ops may prepare gradients in the forward), or comes with the gradient of the rows.
+The weight of a row is either known beforehand and equal along each sequence (the scalar reductions: everything is
+linear in it, and the ops may prepare gradients in the forward), or comes with the gradient of the rows.
 """
 
 from typing import Any
@@ -14,13 +14,13 @@ from minilm_kernels._relations import Relations
 
 
 def relation_op(relations: Relations, relation_weights: list[float], implementation: str) -> tuple[Tensor, Tensor]:
-    """(Σ relation weight · loss, losses (relations,) without gradient); without sums (rows (relations, B, R, N), same)."""
+    """(Σ relation weight · loss, detached losses (relations,)); without sums the rows (relations, B, R, N), twice."""
     student = (*relations.x_s, *relations.y_s)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in student)
     constants = relations._replace(
         x_t=[x.detach() for x in relations.x_t], y_t=[y.detach() for y in relations.y_t], x_s=(), y_s=()
     )
-    result: tuple[Tensor, Tensor] = _Relations.apply(
+    result: tuple[Tensor, Tensor] = _Relations.apply(  # type: ignore[no-untyped-call]
         constants, len(relations.x_s), relation_weights, implementation, needs_gradient, *student
     )
     return result
@@ -53,7 +53,7 @@ class _Relations(torch.autograd.Function):
         return value.sum(), parts
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         count, relation_weights, implementation = ctx.options
         *tensors, lse_t, lse_s = ctx.saved_tensors
         student, teacher = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
@@ -72,7 +72,8 @@ class _Relations(torch.autograd.Function):
         gradients = [*dx, *dy]
         if torch.is_grad_enabled():
             gradients = [
-                _NoSecondDerivative.apply(g, x, implementation) for g, x in zip(gradients, student, strict=True)
+                _NoSecondDerivative.apply(g, x, implementation)  # type: ignore[no-untyped-call]
+                for g, x in zip(gradients, student, strict=True)
             ]
         return *(None,) * 5, *gradients
 

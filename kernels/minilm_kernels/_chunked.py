@@ -20,9 +20,7 @@ from minilm_kernels._relations import Relations
 BLOCK_ELEMENTS = 1 << 17  # scores in a block: four float32 buffers of it fit in a core's second-level cache
 
 
-def allocate(
-    relations: Relations, needs_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+def allocate(relations: Relations, needs_gradient: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """What `forward` returns, uninitialised: no lse, and all gradients where the row weights are known."""
     value = relations.value()
     if not (needs_gradient and relations.sums):
@@ -31,9 +29,7 @@ def allocate(
     return value, value.new_empty(0), value.new_empty(0), dx, dy
 
 
-def forward(
-    relations: Relations, needs_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+def forward(relations: Relations, needs_gradient: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     outputs = allocate(relations, needs_gradient)
     value, _, _, dx, dy = outputs
     row_weight = _row_weight(relations)
@@ -112,7 +108,7 @@ def _sweep(
 def _blocks(bounds: Tensor | None, x: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Blocks (batch, heads, rows, keys) of at most about BLOCK_ELEMENTS scores that cover every allowed pair.
 
-    On the CPU the intervals are read, and blocks leave out what no row may see; elsewhere that would wait for the device.
+    On the CPU the intervals are read, and blocks leave out what no row may see; elsewhere that would synchronise.
     """
     batch_size, heads, length, _ = x.shape
     readable = bounds is not None and bounds.device.type == "cpu"

@@ -24,8 +24,9 @@ def relation_pair(x: Tensor, y: Tensor, relation_heads: int | None, whose: str) 
                 "smaller"
             )
     x, y = (
-        split_heads(side if side.shape[1] == heads else side.repeat_interleave(heads // side.shape[1], 1),
-                    relation_heads, whose)
+        split_heads(
+            side if side.shape[1] == heads else side.repeat_interleave(heads // side.shape[1], 1), relation_heads, whose
+        )
         for side in (x, y)
     )
     if x.shape[3] != y.shape[3]:
@@ -42,6 +43,6 @@ def split_heads(x: Tensor, relation_heads: int | None, whose: str) -> Tensor:
         return x
     if heads * dim % relation_heads:
         raise ValueError(
-            f"relation_heads={relation_heads} does not divide the {whose}'s width {heads * dim} ({heads} heads of {dim})"
+            f"relation_heads={relation_heads} does not divide the {whose}'s width {heads * dim}, {heads} heads of {dim}"
         )
     return x.transpose(1, 2).reshape(batch, length, relation_heads, -1).transpose(1, 2)

@@ -105,9 +105,10 @@ def minilm_losses(
         name: (teacher_tensors[name[0]], teacher_tensors[name[1]], student_tensors[name[0]], student_tensors[name[1]])
         for name in relation_weights
     }
-    total, parts = None, {}
-    for names, loss, part in _losses(sides, relation_weights, relation_heads, pattern, temperature, reduction,
-                                     implementation):  # fmt: skip
+    total: Tensor | None = None
+    parts: dict[str, Tensor] = {}
+    groups = _losses(sides, relation_weights, relation_heads, pattern, temperature, reduction, implementation)
+    for names, loss, part in groups:
         total = loss if total is None else total + loss
         parts |= dict(zip(names, part.unbind(0), strict=True))
     assert total is not None
@@ -170,7 +171,7 @@ def _losses(
     checks.check_relation_heads(relation_heads)
     first = next(iter(sides.values()))[0]
     checks.check_pattern(pattern, first.shape[0], first.shape[2], first.device)
-    groups: dict[Any, dict[str, Sides]] = {}
+    groups: list[tuple[Any, dict[str, Sides]]] = []
     for name, (x_t, y_t, x_s, y_s) in sides.items():
         is_self = y_t is x_t and y_s is x_s
         x_t, y_t = relation_pair(x_t, y_t, relation_heads, "teacher")
@@ -178,20 +179,25 @@ def _losses(
         checks.check_equal_heads(name, x_t.shape[1], x_s.shape[1])
         tensors = (x_t, y_t, x_s, y_s)
         kind = is_self, *((x.shape, x.stride(), x.dtype) for x in tensors)
-        groups.setdefault(kind, {})[name] = tensors
-    split = [x for group in groups.values() for tensors in group.values() for x in tensors]
+        for known, group in groups:  # compared, not hashed: a hash would fix the lengths of a compiled graph
+            if known == kind:
+                group[name] = tensors
+                break
+        else:
+            groups.append((kind, {name: tensors}))
+    split = [x for _, group in groups for tensors in group.values() for x in tensors]
     chosen = checks.choose_implementation(implementation, split)
     wide = torch.promote_types(split[2].dtype, torch.float32)
-    allowed, row_weight, factor = allowed_keys(pattern, reduction, *first.shape[0:3:2], first.device, wide)
+    allowed, row_weight, factor = allowed_keys(pattern, reduction, first.shape[0], first.shape[2], first.device, wide)
     results = []
-    for (is_self, *_), group in groups.items():
-        x_t, y_t, x_s, y_s = (list(side) for side in zip(*group.values(), strict=True))
-        heads, d_t, d_s = x_t[0].shape[1], x_t[0].shape[3], x_s[0].shape[3]
+    for (is_self, *_), group in groups:
+        xs_t, ys_t, xs_s, ys_s = (list(side) for side in zip(*group.values(), strict=True))
+        heads, d_t, d_s = xs_t[0].shape[1], xs_t[0].shape[3], xs_s[0].shape[3]
         relations = Relations(
-            x_t,
-            [] if is_self else y_t,
-            x_s,
-            [] if is_self else y_s,
+            xs_t,
+            [] if is_self else ys_t,
+            xs_s,
+            [] if is_self else ys_s,
             *allowed,
             row_weight,
             factor if reduction in ("sum", "none") else factor / heads,

@@ -42,9 +42,9 @@ def reference_rows(
         wide = torch.promote_types(scores.dtype, torch.float32)
         return torch.log_softmax(scores.to(wide).masked_fill(~allowed, -torch.inf), dim=-1)
 
-    with torch.no_grad():
-        log_p = log_softmax(x_t, y_t, scale_t)
-    log_q = log_softmax(x_s, y_s, scale_s)
+    with torch.autocast(x_s.device.type, enabled=False):
+        log_p = log_softmax(x_t.detach(), y_t.detach(), scale_t)
+        log_q = log_softmax(x_s, y_s, scale_s)
     difference = torch.where(allowed, log_p.to(log_q.dtype) - log_q, 0)
     return (log_p.exp().to(log_q.dtype) * difference).sum(-1) * row.unsqueeze(1)
 

@@ -51,7 +51,7 @@ class Relations(NamedTuple):
 
     @property
     def folds_weight(self) -> bool:
-        """Whether prepared gradients hold the row weights: in float16 those would push them below its smallest number."""
+        """Whether prepared gradients hold the row weights; float16 could not hold the product."""
         return self.x_s[0].dtype != torch.float16
 
     def value(self) -> Tensor:

@@ -178,9 +178,7 @@ def resident_launch(relations: Relations, value: Tensor, dx: list[Tensor], dy: l
     return Launch(resident, heads * batch * count, arguments, max(1, block // 16), 1)
 
 
-def scale_launch(
-    relations: Relations, grad: Tensor, relation_weights: list[float], gradients: list[Tensor]
-) -> Launch:
+def scale_launch(relations: Relations, grad: Tensor, relation_weights: list[float], gradients: list[Tensor]) -> Launch:
     count, batch, heads, length = relations.shape
     dim, block = relations.x_s[0].shape[3], padded(length)
     arguments = {

@@ -8,7 +8,6 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from minilm_kernels._relations import Relations
 
@@ -33,7 +32,7 @@ def structure(relations: Relations) -> str:
 
 def padded(dim: int) -> int:
     """tl.dot needs 16 and powers of two."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def tiles(kernel: str, relations: Relations) -> Tiles:

@@ -1,4 +1,4 @@
-"""Whole rows on chip, for short sequences: sums and all gradients of a head from one launch, two exponentials an element.
+"""Whole rows on chip, for short sequences: sums and all gradients of a head from one launch, two exponentials a score.
 
     P = softmax(t),  Q = softmax(s),  G = w (Q − P),   dX = scale_S G Y_S,   dY = scale_S Gᵀ X_S
 One program holds the N×N scores of a head in registers; they never reach memory. A self relation gets dX + dY.
@@ -106,7 +106,7 @@ def scale_in_place(
     DIM_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Multiplies the gradients by that of the loss, and by the row weights unless they hold them; by 1: does nothing."""
+    """Multiplies gradients by that of the loss, and by the row weights unless they hold them; does nothing for 1."""
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK), R, B)
     n = tile * BLOCK
     inside = n + tl.arange(0, BLOCK) < N

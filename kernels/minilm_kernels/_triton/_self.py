@@ -3,7 +3,8 @@
 The scores are symmetric, s_ij = s_ji, so that with weights equal along a sequence
 
     dX_i = w_i scale_S Σ_j (Q_ij + Q_ji − P_ij − P_ji) x_j
-    P_ij + P_ji = 2^(t_ij − lse_i) (1 + 2^(lse_i − lse_j)) = e_ij (1 + a_i b_j),   a_i = 2^(lse_i − c),  b_j = 2^(c − lse_j)
+    P_ij + P_ji = 2^(t_ij − lse_i) (1 + 2^(lse_i − lse_j)) = e_ij (1 + a_i b_j)
+    a_i = 2^(lse_i − c),   b_j = 2^(c − lse_j)
 and likewise Q: two exponentials an element instead of four. c is the middle of the lse that the sweep meets; where they
 spread over more than SPREAD powers of two, a_i b_j could overflow while e_ij underflows, and all four are computed.
 

@@ -125,7 +125,7 @@ def is_token(bounds, holes, batch, start, end, B, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def weight_of(row_weight, weight, batch, start, inside, BLOCK: tl.constexpr):
-    """Weight of the rows from `start` on; row_weight is None or (pointer, stride of the batch, stride of the tokens)."""
+    """Weight of the rows from `start` on; row_weight is None or (pointer, stride of batch, stride of tokens)."""
     if row_weight is None:
         return tl.full([BLOCK], 1.0, tl.float32) * weight
     else:
@@ -134,13 +134,13 @@ def weight_of(row_weight, weight, batch, start, inside, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_lse(lse, offs, token, inside, m, l):
-    """Logarithm of a softmax sum: m + log2 l, or both apart where lse is a pair; inf where there is no token."""
+def store_lse(lse, offs, token, inside, m, total):
+    """Logarithm of a softmax sum: m + log2 total, or both apart where lse is a pair; inf where there is no token."""
     if lse[1] is None:
-        tl.store(lse[0] + offs, tl.where(token, m + tl.log2(l), float("inf")), mask=inside)
+        tl.store(lse[0] + offs, tl.where(token, m + tl.log2(total), float("inf")), mask=inside)
     else:
         tl.store(lse[0] + offs, tl.where(token, m, float("inf")), mask=inside)
-        tl.store(lse[1] + offs, tl.where(token, tl.log2(l), 0.0), mask=inside)
+        tl.store(lse[1] + offs, tl.where(token, tl.log2(total), 0.0), mask=inside)
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def load_all_lse(lse, offs):
 
 @triton.jit
 def probability(scores, lse, high, low, AXIS: tl.constexpr):
-    """2^(scores − lse) with the parts of lse along the other axis; in two steps the rounding of large lse does not count."""
+    """2^(scores − lse), lse along the other axis; in two steps, so that the rounding of a large lse does not count."""
     scores -= tl.expand_dims(high, AXIS)
     if lse[1] is not None:
         scores -= tl.expand_dims(low, AXIS)
