@@ -98,6 +98,8 @@ def row_launch(relations: Relations, value: Tensor, lse_t: Tensor, lse_s: Tensor
         "FOLD": relations.sums and relations.folds_weight,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
+        "FILLED": length >= block_n,
+        "TAIL": max(16, block_n // 2),
     }
     programs = triton.cdiv(length, block_m) * heads * batch * count
     return Launch(row_sweep, programs, arguments, num_warps, num_stages)
@@ -133,6 +135,8 @@ def key_launch(
         "FOLD": relations.folds_weight,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
+        "FILLED": length >= block_m,
+        "TAIL": max(16, block_m // 2),
     }
     programs = triton.cdiv(length, block_n) * heads * batch * count
     return Launch(key_sweep, programs, arguments, num_warps, num_stages)
@@ -157,6 +161,8 @@ def self_launch(
         "dx": group(dx),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
+        "FILLED": length >= block_n,
+        "TAIL": max(16, block_n // 2),
     }
     programs = triton.cdiv(length, block_m) * heads * batch * count
     return Launch(self_sweep, programs, arguments, num_warps, num_stages)

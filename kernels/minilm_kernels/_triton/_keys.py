@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from minilm_kernels._triton._steps import (
+    FLOOR,
     head_pointer,
     is_token,
     load_all_lse,
@@ -56,11 +57,13 @@ def key_sweep(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FILLED: tl.constexpr,  # whether N fills a tile of the main loop
+    TAIL: tl.constexpr,  # rows of a tile where some do not see all keys
 ):
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_N), R, B)
     n = tile * BLOCK_N
     inside = n + tl.arange(0, BLOCK_N) < N
-    token, first, end, start, full, last = partners(bounds, holes, 2, batch, n, B, N, BLOCK_N, BLOCK_M)
+    token, first, end, start, full, last = partners(bounds, holes, 2, batch, n, B, N, FILLED, BLOCK_N, BLOCK_M)
     key_t = load_tokens(y_t, head_pointer(y_t, relation, batch, head), n, token, D_T, DIM_T, BLOCK_N)
     key_s = load_tokens(y_s, head_pointer(y_s, relation, batch, head), n, token, D_S, DIM_S, BLOCK_N)
     row_t, row_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
@@ -79,18 +82,17 @@ def key_sweep(
         if not SUMS:
             g *= tl.load(grad + at + offs_m)[None, :]
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
-    for m in range(full, last, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        row = is_token(bounds, holes, batch, m, last, B, N, BLOCK_M)
-        tile_t = load_tokens(x_t, row_t, m, row, D_T, DIM_T, BLOCK_M)
-        tile_s = load_tokens(x_s, row_s, m, row, D_S, DIM_S, BLOCK_M)
+    for m in range(full, last, TAIL):
+        offs_m = m + tl.arange(0, TAIL)
+        row = is_token(bounds, holes, batch, m, last, B, N, TAIL)
+        tile_t = load_tokens(x_t, row_t, m, row, D_T, DIM_T, TAIL)
+        tile_s = load_tokens(x_s, row_s, m, row, D_S, DIM_S, TAIL)
         allowed = row[None, :] & (offs_m[None, :] >= first[:, None]) & (offs_m[None, :] < end[:, None])
-        t = tl.dot(key_t, tile_t.T, input_precision=PRECISION) * scales[0]
-        s = tl.dot(key_s, tile_s.T, input_precision=PRECISION) * scales[1]
+        t = tl.where(allowed, tl.dot(key_t, tile_t.T, input_precision=PRECISION) * scales[0], FLOOR)
+        s = tl.where(allowed, tl.dot(key_s, tile_s.T, input_precision=PRECISION) * scales[1], FLOOR)
         high_t, low_t = load_lse(lse_t, at + offs_m, row)
         high_s, low_s = load_lse(lse_s, at + offs_m, row)
         g = probability(s, lse_s, high_s, low_s, 0) - probability(t, lse_t, high_t, low_t, 0)
-        g = tl.where(allowed, g, 0.0)
         if not SUMS:
             g *= tl.load(grad + at + offs_m, mask=row, other=0.0)[None, :]
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)

@@ -55,11 +55,13 @@ def row_sweep(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FILLED: tl.constexpr,  # whether N fills a tile of the main loop
+    TAIL: tl.constexpr,  # keys of a tile where some are not allowed
 ):
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_M), R, B)
     m = tile * BLOCK_M
     inside = m + tl.arange(0, BLOCK_M) < N
-    token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, BLOCK_M, BLOCK_N)
+    token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
     query_t = load_tokens(x_t, head_pointer(x_t, relation, batch, head), m, token, D_T, DIM_T, BLOCK_M)
     query_s = load_tokens(x_s, head_pointer(x_s, relation, batch, head), m, token, D_S, DIM_S, BLOCK_M)
     key_t, key_s = head_pointer(y_t, relation, batch, head), head_pointer(y_s, relation, batch, head)
@@ -76,11 +78,11 @@ def row_sweep(
         m_t, m_s, l_t, l_s, a, o_t, o_s = _online_update(
             m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, dx, PRECISION
         )
-    for n in range(full, last, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        key = is_token(bounds, holes, batch, n, last, B, N, BLOCK_N)
-        tile_t = load_tokens(y_t, key_t, n, key, D_T, DIM_T, BLOCK_N)
-        tile_s = load_tokens(y_s, key_s, n, key, D_S, DIM_S, BLOCK_N)
+    for n in range(full, last, TAIL):
+        offs_n = n + tl.arange(0, TAIL)
+        key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
+        tile_t = load_tokens(y_t, key_t, n, key, D_T, DIM_T, TAIL)
+        tile_s = load_tokens(y_s, key_s, n, key, D_S, DIM_S, TAIL)
         allowed = key[None, :] & (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
         t = tl.where(allowed, tl.dot(query_t, tile_t.T, input_precision=PRECISION), FLOOR)
         s = tl.where(allowed, tl.dot(query_s, tile_s.T, input_precision=PRECISION), FLOOR)
@@ -109,12 +111,15 @@ def row_sweep(
 
 @triton.jit
 def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, dx, PRECISION: tl.constexpr):
-    """The running sums after one more tile of products; their scale is applied where it costs nothing."""
+    """The running sums after one more tile of products; their scale is applied where it costs nothing.
+
+    Two sums instead of one of p (t − s): that would hold both tiles of scores in registers beside p, and spill.
+    """
     new_t, new_s = tl.maximum(m_t, tl.max(t, 1) * scales[0]), tl.maximum(m_s, tl.max(s, 1) * scales[1])
     shrink_t, shrink_s = tl.exp2(m_t - new_t), tl.exp2(m_s - new_s)
     t, s = t * scales[0] - new_t[:, None], s * scales[1] - new_s[:, None]
     p, q = tl.exp2(t), tl.exp2(s)
-    a = (a - l_t * ((new_t - m_t) - (new_s - m_s))) * shrink_t + tl.sum(p * (t - s), 1)
+    a = (a - l_t * ((new_t - m_t) - (new_s - m_s))) * shrink_t + (tl.sum(p * t, 1) - tl.sum(p * s, 1))
     l_t = l_t * shrink_t + tl.sum(p, 1)
     l_s = l_s * shrink_s + tl.sum(q, 1)
     if dx is not None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from minilm_kernels._triton._steps import (
+    FLOOR,
     head_pointer,
     is_token,
     load_all_lse,
@@ -56,11 +57,13 @@ def self_sweep(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FILLED: tl.constexpr,  # whether N fills a tile of the main loop
+    TAIL: tl.constexpr,  # keys of a tile where some are not allowed
 ):
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_M), R, B)
     m = tile * BLOCK_M
     offs_m = m + tl.arange(0, BLOCK_M)
-    token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, BLOCK_M, BLOCK_N)
+    token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
     base_t, base_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
     query_t = load_tokens(x_t, base_t, m, token, D_T, DIM_T, BLOCK_M)
     query_s = load_tokens(x_s, base_s, m, token, D_S, DIM_S, BLOCK_M)
@@ -70,7 +73,8 @@ def self_sweep(
     c_t, fits_t = _middle(lse_t[0] + at, start, full)
     c_s, fits_s = _middle(lse_s[0] + at, start, full)
     full = tl.where(fits_t & fits_s & _near(own_t, c_t, token) & _near(own_s, c_s, token), full, start)
-    a_t, a_s = tl.exp2(own_t - c_t + low_t), tl.exp2(own_s - c_s + low_s)
+    a_t = tl.exp2(tl.minimum(own_t - c_t, SPREAD) + low_t)
+    a_s = tl.exp2(tl.minimum(own_s - c_s, SPREAD) + low_s)
     sums = tl.zeros([BLOCK_M, DIM_S], tl.float32)
 
     for n in range(start, full, BLOCK_N):
@@ -85,19 +89,18 @@ def self_sweep(
         g = probability(s, lse_s, own_s, low_s, 1) * (1.0 + a_s[:, None] * b_s[None, :])
         g -= probability(t, lse_t, own_t, low_t, 1) * (1.0 + a_t[:, None] * b_t[None, :])
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
-    for n in range(full, last, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        key = is_token(bounds, holes, batch, n, last, B, N, BLOCK_N)
-        tile_t = load_tokens(x_t, base_t, n, key, D_T, DIM_T, BLOCK_N)
-        tile_s = load_tokens(x_s, base_s, n, key, D_S, DIM_S, BLOCK_N)
+    for n in range(full, last, TAIL):
+        offs_n = n + tl.arange(0, TAIL)
+        key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
+        tile_t = load_tokens(x_t, base_t, n, key, D_T, DIM_T, TAIL)
+        tile_s = load_tokens(x_s, base_s, n, key, D_S, DIM_S, TAIL)
         allowed = key[None, :] & (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
-        t = tl.dot(query_t, tile_t.T, input_precision=PRECISION) * scales[0]
-        s = tl.dot(query_s, tile_s.T, input_precision=PRECISION) * scales[1]
+        t = tl.where(allowed, tl.dot(query_t, tile_t.T, input_precision=PRECISION) * scales[0], FLOOR)
+        s = tl.where(allowed, tl.dot(query_s, tile_s.T, input_precision=PRECISION) * scales[1], FLOOR)
         key_t, key_low_t = load_lse(lse_t, at + offs_n, key)
         key_s, key_low_s = load_lse(lse_s, at + offs_n, key)
         g = probability(s, lse_s, own_s, low_s, 1) - probability(t, lse_t, own_t, low_t, 1)
         g += probability(s, lse_s, key_s, key_low_s, 0) - probability(t, lse_t, key_t, key_low_t, 0)
-        g = tl.where(allowed, g, 0.0)
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
 
     factor = weight_of(row_weight, scales[3], batch, m, offs_m < N, BLOCK_M) * scales[2]

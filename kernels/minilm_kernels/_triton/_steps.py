@@ -89,8 +89,10 @@ def interval(bounds, which: tl.constexpr, batch, start, B, N, BLOCK: tl.constexp
 
 
 @triton.jit
-def partners(bounds, holes, which: tl.constexpr, batch, start, B, N, OWN: tl.constexpr, BLOCK: tl.constexpr):
-    """What the OWN tokens from `start` on may see.
+def partners(
+    bounds, holes, which: tl.constexpr, batch, start, B, N, FILLED: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What the OWN tokens from `start` on may see. FILLED: N >= BLOCK.
 
     (is a token, first partner, end of partners, start, full, end): the partners of all lie in start..end, and those in
     start..full, whole tiles of BLOCK, are tokens that each of them sees.
@@ -98,7 +100,10 @@ def partners(bounds, holes, which: tl.constexpr, batch, start, B, N, OWN: tl.con
     inside = start + tl.arange(0, OWN) < N
     if bounds is None:
         zero = tl.zeros([OWN], tl.int32)
-        return inside, zero, zero + N, 0, N // BLOCK * BLOCK, N
+        full = N // BLOCK * BLOCK
+        if FILLED:
+            tl.assume(full > 0)  # a loop that may run zero times makes ptxas serialise its tensor-core instructions
+        return inside, zero, zero + N, 0, full, N
     else:
         first, end = interval(bounds, which, batch, start, B, N, OWN)
         token = first < end
