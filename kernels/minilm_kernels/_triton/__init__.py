@@ -10,7 +10,7 @@ from torch import Tensor
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._keys import key_sweep
 from minilm_kernels._triton._launch import Launch, group, lse_argument, row_weights
-from minilm_kernels._triton._plan import dimensions, lse_parts, padded, structure, tiles
+from minilm_kernels._triton._plan import architecture, dimensions, lse_parts, padded, structure, tiles
 from minilm_kernels._triton._resident import resident, scale_in_place
 from minilm_kernels._triton._rows import row_sweep
 from minilm_kernels._triton._self import self_sweep
@@ -37,7 +37,7 @@ def forward(relations: Relations, needs_gradient: bool) -> Outputs:
     if structure(relations) == "resident":
         launch = resident_launch(relations, value, dx, dy)
     else:
-        launch = row_launch(relations, value, lse_t, lse_s, dx)
+        launch = row_launch(relations, value, lse_t, lse_s, dx, architecture(value.device))
     if relations.sums:
         launch.arguments["value"] = partial = value.new_empty(launch.programs)
     launch.run(value.device)
@@ -60,9 +60,9 @@ def backward(
     if kind == "resident":
         launches = [scale_launch(relations, grad, relation_weights, gradients) for gradients in (dx, dy) if gradients]
     elif kind == "self":
-        launches = [self_launch(relations, lse_t, lse_s, grad, relation_weights, dx)]
+        launches = [self_launch(relations, lse_t, lse_s, grad, relation_weights, dx, architecture(grad.device))]
     else:
-        launches = [key_launch(relations, lse_t, lse_s, grad, relation_weights, dx, dy)]
+        launches = [key_launch(relations, lse_t, lse_s, grad, relation_weights, dx, dy, architecture(grad.device))]
     for launch in launches:
         launch.run(grad.device)
 
@@ -83,9 +83,11 @@ def _shared(relations: Relations) -> dict[str, object]:
     }
 
 
-def row_launch(relations: Relations, value: Tensor, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor]) -> Launch:
+def row_launch(
+    relations: Relations, value: Tensor, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], chip: int
+) -> Launch:
     count, batch, heads, length = relations.shape
-    block_m, block_n, num_warps, num_stages = tiles("rows" if dx else "forward", relations)
+    block_m, block_n, num_warps, num_stages = tiles("rows" if dx else "forward", relations, chip)
     arguments = _shared(relations) | {
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
@@ -113,9 +115,10 @@ def key_launch(
     relation_weights: list[float],
     dx: list[Tensor],
     dy: list[Tensor],
+    chip: int,
 ) -> Launch:
     count, batch, heads, length = relations.shape
-    block_m, block_n, num_warps, num_stages = tiles("keys", relations)
+    block_m, block_n, num_warps, num_stages = tiles("keys", relations, chip)
     unit = None
     if not relations.sums:
         unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
@@ -149,9 +152,10 @@ def self_launch(
     grad: Tensor,
     relation_weights: list[float],
     dx: list[Tensor],
+    chip: int,
 ) -> Launch:
     count, batch, heads, length = relations.shape
-    block_m, block_n, num_warps, num_stages = tiles("self", relations)
+    block_m, block_n, num_warps, num_stages = tiles("self", relations, chip)
     arguments = _shared(relations) | {
         "holes": relations.holes,
         "lse_t": lse_argument(lse_t),

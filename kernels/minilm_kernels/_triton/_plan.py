@@ -16,10 +16,37 @@ RESIDENT_DIM = 64
 
 
 class Tiles(NamedTuple):
-    block_m: int
-    block_n: int
+    block_m: int  # rows
+    block_n: int  # keys
     num_warps: int
     num_stages: int
+
+
+# For 16-bit tensors, by compute capability, kernel, and the largest dimension that the tiles serve (the student's, which
+# the accumulators have; a teacher's of up to 64 fits beside it). Chosen from compiled code: no spills, and the fewest
+# instructions per element (bench/static_report.py). Not yet by time.
+_TILES: dict[int, dict[str, dict[int, Tiles]]] = {
+    80: {
+        "forward": {64: Tiles(64, 64, 4, 2)},
+        "rows": {64: Tiles(64, 64, 4, 2)},
+        "keys": {64: Tiles(64, 64, 4, 2)},
+        "self": {64: Tiles(64, 64, 4, 2)},
+    },
+    90: {
+        "forward": {64: Tiles(128, 128, 8, 2)},
+        "rows": {32: Tiles(128, 128, 8, 2), 64: Tiles(128, 64, 8, 2)},
+        "keys": {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 128, 8, 2)},
+        "self": {32: Tiles(64, 128, 4, 2), 128: Tiles(128, 64, 8, 2)},
+    },
+}
+
+
+def architecture(device: torch.device) -> int:
+    """Row of the table: data-centre chips by their own, others by the one whose shared memory is as small."""
+    if device.type != "cuda" or torch.version.hip:
+        return 80
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100}.get(major, 80)
 
 
 def structure(relations: Relations) -> str:
@@ -35,9 +62,16 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def tiles(kernel: str, relations: Relations) -> Tiles:
+def tiles(kernel: str, relations: Relations, architecture: int) -> Tiles:
+    """Tiles of "forward" (rows without gradient), "rows", "keys" or "self"."""
     x_t, x_s = relations.x_t[0], relations.x_s[0]
-    width = max(padded(x_t.shape[3]) * x_t.element_size(), padded(x_s.shape[3]) * x_s.element_size())
+    size = max(x_t.element_size(), x_s.element_size())
+    dim_t, dim_s = padded(x_t.shape[3]), padded(x_s.shape[3])
+    if size == 2:
+        for dim, found in _TILES.get(architecture, {}).get(kernel, {}).items():
+            if dim_s <= dim and dim_t <= max(dim, 64):
+                return found
+    width = max(dim_t, dim_s) * size
     block = 64 if width <= 256 else 32 if width <= 512 else 16
     return Tiles(block, block, 4, 2)
 
