@@ -158,13 +158,12 @@ def choose_implementation(implementation: str | None, tensors: Sequence[Tensor])
             raise TypeError("implementation='triton' takes float32, bfloat16 and float16, got float64")
         if dim > MAX_TRITON_DIM:
             raise ValueError(f"implementation='triton' takes head dimensions up to {MAX_TRITON_DIM}, got {dim}")
-        if device != "cuda" and not triton_interprets():
+        if device != "cuda" and not torch.compiler.is_compiling() and not _triton_interprets():
             raise ValueError(f"implementation='triton' needs tensors on cuda, got {device}")
     return implementation
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def triton_interprets() -> bool:
+def _triton_interprets() -> bool:
     """Whether kernels run in Triton's interpreter, which takes tensors on any device."""
     if importlib.util.find_spec("triton") is None:
         return False
