@@ -23,8 +23,8 @@ class Tiles(NamedTuple):
 
 
 # For 16-bit tensors, by compute capability, kernel, and the largest dimension that the tiles serve: the student's,
-# which the accumulators have; a teacher's of up to 64 fits beside it. Chosen from compiled code: no spills, and the fewest
-# instructions per element (bench/static_report.py). Not yet by time.
+# which the accumulators have; a teacher's of up to 64 fits beside it. Chosen from compiled code, for no spills and the
+# fewest instructions per element (bench/static_report.py); not yet by time.
 _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     80: {
         "forward": {64: Tiles(64, 64, 4, 2)},
