@@ -16,59 +16,75 @@ from minilm_kernels._relations import Relations
 def relation_op(relations: Relations, relation_weights: list[float], implementation: str) -> tuple[Tensor, Tensor]:
     """(Σ relation weight · loss, detached losses (relations,)); without sums the rows (relations, B, R, N), twice."""
     student = (*relations.x_s, *relations.y_s)
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in student)
-    constants = relations._replace(
-        x_t=[x.detach() for x in relations.x_t], y_t=[y.detach() for y in relations.y_t], x_s=(), y_s=()
-    )
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in student)):
+        value = _ops.forward(implementation)(*relations, False)[0]
+        return _total(value, relations.sums, relation_weights), value
     result: tuple[Tensor, Tensor] = _Relations.apply(  # type: ignore[no-untyped-call]
-        constants, len(relations.x_s), relation_weights, implementation, needs_gradient, *student
+        [x.detach() for x in relations.x_t],
+        [y.detach() for y in relations.y_t],
+        (
+            relations.bounds,
+            relations.holes,
+            relations.row_weight,
+            relations.weight,
+            relations.scale_t,
+            relations.scale_s,
+            relations.symmetric,
+            relations.sums,
+        ),
+        relation_weights,
+        implementation,
+        *student,
     )
     return result
+
+
+def _total(value: Tensor, sums: bool, relation_weights: list[float]) -> Tensor:
+    if not sums:
+        return value
+    if any(weight != 1 for weight in relation_weights):
+        value = torch.stack([part * weight for part, weight in zip(value, relation_weights, strict=True)])
+    return value.sum()
 
 
 class _Relations(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        constants: Relations,
-        count: int,
+        x_t: list[Tensor],
+        y_t: list[Tensor],
+        constants: tuple[Any, ...],  # the fields of Relations after the tensors
         relation_weights: list[float],
         implementation: str,
-        needs_gradient: bool,
         *student: Tensor,  # x_s of every relation, then y_s
     ) -> tuple[Tensor, Tensor]:
-        relations = constants._replace(x_s=list(student[:count]), y_s=list(student[count:]))
-        forward, _ = _ops.named(implementation)
-        value, lse_t, lse_s, dx, dy = forward(*relations, needs_gradient)
-        ctx.save_for_backward(*student, *constants.x_t, *constants.y_t, lse_t, lse_s)
-        ctx.constants = constants._replace(x_t=(), y_t=())
-        ctx.options = count, relation_weights, implementation
+        count = len(x_t)
+        relations = Relations(x_t, y_t, student[:count], student[count:], *constants)
+        value, lse_t, lse_s, dx, dy = _ops.forward(implementation)(*relations, True)
+        ctx.save_for_backward(*student, *x_t, *y_t, lse_t, lse_s)
+        ctx.options = count, constants, relation_weights, implementation
         ctx.prepared = dx, dy
         parts = value.detach()
         ctx.mark_non_differentiable(parts)
-        if not relations.sums:
-            return value, parts
-        if any(weight != 1 for weight in relation_weights):
-            value = torch.stack([part * weight for part, weight in zip(value, relation_weights, strict=True)])
-        return value.sum(), parts
+        return _total(value, relations.sums, relation_weights), parts
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        count, relation_weights, implementation = ctx.options
+        count, constants, relation_weights, implementation = ctx.options
         *tensors, lse_t, lse_s = ctx.saved_tensors
         student, teacher = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        relations = ctx.constants._replace(
-            x_t=teacher[:count], y_t=teacher[count:], x_s=student[:count], y_s=student[count:]
-        )
-        forward, backward = _ops.named(implementation)
-        if ctx.prepared is None:  # a second backward: the first one completed the prepared gradients in place
-            _, _, _, dx, dy = forward(*relations, True)
+        relations = Relations(teacher[:count], teacher[count:], student[:count], student[count:], *constants)
+        if torch.compiler.is_compiling():
+            dx, dy = _ops.backward(implementation)(*relations, lse_t, lse_s, grad, relation_weights, *ctx.prepared)
         else:
+            # In place, which a compiled graph must not do to what autograd keeps for a second backward.
+            if ctx.prepared is None:  # this is one: the first used them up
+                ctx.prepared = _ops.forward(implementation)(*relations, True)[3:]
             dx, dy = ctx.prepared
             ctx.prepared = None
-        dx = dx or [torch.empty_like(x) for x in relations.x_s]
-        dy = dy or [torch.empty_like(y) for y in relations.y_s]
-        backward(*relations, lse_t, lse_s, grad, relation_weights, dx, dy)
+            dx = dx or [torch.empty_like(x) for x in relations.x_s]
+            dy = dy or [torch.empty_like(y) for y in relations.y_s]
+            _ops.backward_(implementation)(*relations, lse_t, lse_s, grad, relation_weights, dx, dy)
         gradients = [*dx, *dy]
         if torch.is_grad_enabled():
             gradients = [

@@ -1,8 +1,9 @@
-"""The ops `minilm_kernels::{triton,chunked}_{forward,backward}`, registered so that torch.compile sees one node each.
+"""The ops `minilm_kernels::{triton,chunked}_{forward,backward,backward_}`: torch.compile sees one node each.
 
 Forward returns the sums or rows, the logarithms of the softmax sums, and the gradients it prepared, of each relation's
-x and y: with the row weights but not the gradient of the loss (`Relations.folds_weight`); lists and tensors that the
-implementation does not need are empty. Backward completes the gradients in place. For self relations dx is the whole.
+x and y: with the row weights but not the gradient of the loss (`Relations.folds_weight`). Lists and tensors that the
+implementation does not need are empty. `backward` makes the gradients out of them, `backward_` completes them in place,
+where those that were not prepared come uninitialised. For self relations dx is the whole gradient.
 """
 
 from collections.abc import Callable
@@ -11,15 +12,15 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minilm_kernels._relations import SCHEMA, Relations
 
 _LIBRARY = torch.library.Library("minilm_kernels", "DEF")
 _FORWARD = f"({SCHEMA}, bool needs_gradient) -> (Tensor value, Tensor lse_t, Tensor lse_s, Tensor[] dx, Tensor[] dy)"
-_BACKWARD = (
-    f"({SCHEMA}, Tensor lse_t, Tensor lse_s, Tensor grad, float[] relation_weights, "
-    "Tensor(a!)[] dx, Tensor(b!)[] dy) -> ()"
-)
+_SAVED = f"{SCHEMA}, Tensor lse_t, Tensor lse_s, Tensor grad, float[] relation_weights"
+_BACKWARD = f"({_SAVED}, Tensor[] dx, Tensor[] dy) -> (Tensor[] dx, Tensor[] dy)"
+_BACKWARD_IN_PLACE = f"({_SAVED}, Tensor(a!)[] dx, Tensor(b!)[] dy) -> ()"
 
 
 def _call(module: str, function: str, *args: Any) -> Any:
@@ -27,25 +28,41 @@ def _call(module: str, function: str, *args: Any) -> Any:
     return getattr(import_module(module), function)(Relations(*args[:fields]), *args[fields:])
 
 
+def _make_gradients(complete: Callable[..., None], *args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """`backward` by way of `backward_`, on copies."""
+    *saved, dx, dy = args
+    relations = Relations(*args[: len(Relations._fields)])
+    dx = [x.clone() for x in dx] or [torch.empty_like(x) for x in relations.x_s]
+    dy = [y.clone() for y in dy] or [torch.empty_like(y) for y in relations.y_s]
+    complete(*saved, dx, dy)
+    return dx, dy
+
+
+def _nothing(*args: Any) -> None:
+    """What an op in place does to tensors without storage."""
+
+
 def _register(implementation: str) -> None:
-    call = partial(_call, f"minilm_kernels._{implementation}")
-    for direction, schema, fake in (
-        ("forward", _FORWARD, partial(call, "allocate")),
-        ("backward", _BACKWARD, lambda *_: None),
+    module = f"minilm_kernels._{implementation}"
+    complete = partial(_call, module, "backward")
+    for name, schema, run, fake in (
+        ("forward", _FORWARD, partial(_call, module, "forward"), partial(_call, module, "allocate")),
+        ("backward", _BACKWARD, partial(_make_gradients, complete), partial(_make_gradients, _nothing)),
+        ("backward_", _BACKWARD_IN_PLACE, complete, _nothing),
     ):
-        name = f"{implementation}_{direction}"
-        _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, partial(call, direction), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"minilm_kernels::{name}", fake, lib=_LIBRARY)
+        op = f"{implementation}_{name}"
+        _LIBRARY.define(op + schema)
+        _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"minilm_kernels::{op}", fake, lib=_LIBRARY)
 
 
 for _implementation in ("triton", "chunked"):
     _register(_implementation)
 
 
-def named(implementation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward op of an implementation."""
-    ops = torch.ops.minilm_kernels
-    if implementation == "triton":
-        return ops.triton_forward.default, ops.triton_backward.default
-    return ops.chunked_forward.default, ops.chunked_backward.default
+def _op(name: str) -> Callable[[str], Callable[..., Any]]:
+    ops = {i: getattr(torch.ops.minilm_kernels, f"{i}_{name}").default for i in ("triton", "chunked")}
+    return ops.__getitem__
+
+
+forward, backward, backward_ = _op("forward"), _op("backward"), _op("backward_")

@@ -1,0 +1,226 @@
+"""Every wrong use is answered by one sentence that holds both offending values, before any kernel starts."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minilm import MiniLMLoss
+from minilm_kernels import fused_minilm_loss, relation_kl
+
+B, H, N, D = 2, 4, 7, 6
+
+
+class NoKernel(TorchDispatchMode):
+    """Fails at the first op of the loss."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert op.namespace != "minilm_kernels", f"{op} started"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def no_kernel() -> Iterator[None]:
+    with NoKernel():
+        yield
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def x(batch: int = B, heads: int = H, n: int = N, dim: int = D, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(batch, heads, n, dim, dtype=dtype)
+
+
+def triple(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x(*args, **kwargs) for _ in range(3))
+
+
+def packed(**options: Any) -> dict[str, Any]:
+    return {"teacher": triple(batch=1), "student": triple(batch=1), **options}
+
+
+GOOD = {"teacher": triple(), "student": triple()}
+integers = torch.zeros(B, H, N, D, dtype=torch.int64)
+
+# what is wrong: (arguments, error, its two values or what it must name)
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
+    # shapes
+    "heads differ": ({"student": triple(heads=2)}, ValueError, ["4 heads", "2", "relation_heads"]),
+    "relation_heads does not divide the teacher": (
+        {"relation_heads": 5}, ValueError, ["relation_heads=5", "teacher", "24"],
+    ),
+    "relation_heads does not divide the student": (
+        {"student": triple(dim=5), "relation_heads": 12}, ValueError, ["relation_heads=12", "student", "20"],
+    ),
+    "relation_heads does not divide a grouped tensor": (
+        {"teacher": (x(), x(heads=2), x(heads=2)), "relation_heads": 8},
+        ValueError, ["relation_heads=8", "teacher", "12"],
+    ),
+    "relation_heads of 0": ({"relation_heads": 0}, ValueError, ["relation_heads", "at least 1", "0"]),
+    "relation_heads negative": ({"relation_heads": -4}, ValueError, ["relation_heads", "at least 1", "-4"]),
+    "relation_heads no int": ({"relation_heads": 4.0}, TypeError, ["relation_heads", "int", "float"]),
+    "batches differ": ({"student": triple(batch=3)}, ValueError, ["batch", "2", "3"]),
+    "batches differ within a model": ({"teacher": (x(), x(batch=3), x())}, ValueError, ["batch", "2", "3"]),
+    "lengths differ": ({"student": triple(n=9)}, ValueError, ["7", "9", "tokens"]),
+    "lengths differ within a model": ({"student": (x(), x(n=9), x())}, ValueError, ["7", "9", "tokens"]),
+    "no multiple of the groups": ({"teacher": (x(), x(heads=3), x())}, ValueError, ["teacher", "4", "3"]),
+    "head dimensions of a pair differ": ({"student": (x(), x(dim=5), x())}, ValueError, ["student", "6", "5"]),
+    "three dimensions": ({"teacher": (x()[0], x(), x())}, ValueError, ["teacher", "4", "3", "(4, 7, 6)"]),
+    "no tokens": ({"teacher": triple(n=0), "student": triple(n=0)}, ValueError, ["empty", "(2, 4, 0, 6)"]),
+    # types and places
+    "integer tensors": ({"teacher": (integers,) * 3}, TypeError, ["teacher", "float32", "torch.int64"]),
+    "complex tensors": (
+        {"student": triple(dtype=torch.complex64)}, TypeError, ["student", "float32", "torch.complex64"],
+    ),
+    "two types in one model": (
+        {"student": (x(), x(dtype=torch.bfloat16), x())}, TypeError, ["student", "torch.float32", "torch.bfloat16"],
+    ),
+    "no tensor": ({"teacher": (x().tolist(), x(), x())}, TypeError, ["teacher", "Tensor", "list"]),
+    "two tensors": ({"teacher": (x(), x())}, TypeError, ["teacher", "three", "2"]),
+    "a tensor for the three": ({"student": x()}, TypeError, ["student", "three", "Tensor"]),
+    "None that a relation needs": ({"student": (x(), x(), None)}, ValueError, ["'vv'", "student", "None"]),
+    "mixed devices": ({"student": tuple(t.to("meta") for t in triple())}, ValueError, ["cpu", "meta"]),
+    "mixed devices in one model": ({"teacher": (x(), x().to("meta"), x())}, ValueError, ["cpu", "meta"]),
+    # relations
+    "unknown relation": ({"relations": ("qk", "qx")}, ValueError, ["'qx'", "q, k, v"]),
+    "unknown relation in a dict": ({"relations": {"qkv": 1.0}}, ValueError, ["'qkv'", "q, k, v"]),
+    "a string for the relations": ({"relations": "qk"}, TypeError, ["sequence", "'qk'"]),
+    "no relation": ({"relations": ()}, ValueError, ["relations", "empty"]),
+    "repeated relation": ({"relations": ("qk", "qk")}, ValueError, ["'qk'", "2 times"]),
+    "negative weight": ({"relations": {"qk": 1.0, "vv": -0.5}}, ValueError, ["'vv'", "negative", "-0.5"]),
+    "NaN weight": ({"relations": {"qk": float("nan")}}, ValueError, ["'qk'", "nan"]),
+    "infinite weight": ({"relations": {"qk": float("inf")}}, ValueError, ["'qk'", "inf"]),
+    "all weights 0": ({"relations": {"qk": 0.0}}, ValueError, ["weight 0", "qk"]),
+    # allowed keys
+    "mask of another shape": (
+        {"attention_mask": torch.ones(B, N + 1)}, ValueError, ["attention_mask", "(2, 7)", "(2, 8)"],
+    ),
+    "4-D mask": ({"attention_mask": torch.ones(B, 1, N, N)}, ValueError, ["attention_mask", "(2, 7)", "(2, 1, 7, 7)"]),
+    "mask elsewhere": (
+        {"attention_mask": torch.ones(B, N, device="meta")}, ValueError, ["attention_mask", "meta", "cpu"],
+    ),
+    "mask no tensor": ({"attention_mask": [[1] * N] * B}, TypeError, ["attention_mask", "Tensor", "list"]),
+    "prefix without causal": (
+        {"prefix_lengths": ints(1, 2)}, ValueError, ["prefix_lengths", "causal=True", "causal=False"],
+    ),
+    "prefix of another shape": (
+        {"prefix_lengths": ints(1, 2, 3), "causal": True}, ValueError, ["prefix_lengths", "(2,)", "(3,)"],
+    ),
+    "prefix too long": ({"prefix_lengths": ints(1, 8), "causal": True}, ValueError, ["prefix_lengths", "7", "[1, 8]"]),
+    "prefix negative": (
+        {"prefix_lengths": ints(-1, 2), "causal": True}, ValueError, ["prefix_lengths", "0", "[-1, 2]"],
+    ),
+    "prefix of floats": (
+        {"prefix_lengths": torch.ones(B), "causal": True}, TypeError, ["prefix_lengths", "integer", "torch.float32"],
+    ),
+    "prefix elsewhere": (
+        {"prefix_lengths": ints(1, 2).to("meta"), "causal": True}, ValueError, ["prefix_lengths", "meta", "cpu"],
+    ),
+    "packed and masked": (
+        packed(cu_seqlens=ints(0, 7), attention_mask=torch.ones(1, N)), ValueError, ["cu_seqlens", "attention_mask"],
+    ),
+    "packed with prefix": (
+        packed(cu_seqlens=ints(0, 7), prefix_lengths=ints(1), causal=True),
+        ValueError, ["cu_seqlens", "prefix_lengths"],
+    ),
+    "packed batch": ({"cu_seqlens": ints(0, 7)}, ValueError, ["cu_seqlens", "B = 1", "B = 2"]),
+    "packed past the end": (packed(cu_seqlens=ints(0, 3, 8)), ValueError, ["cu_seqlens", "7", "[0, 3, 8]"]),
+    "packed not from 0": (packed(cu_seqlens=ints(1, 3, 7)), ValueError, ["cu_seqlens", "0", "[1, 3, 7]"]),
+    "packed falling": (packed(cu_seqlens=ints(0, 5, 3)), ValueError, ["cu_seqlens", "rise", "[0, 5, 3]"]),
+    "packed without an end": (packed(cu_seqlens=ints(0)), ValueError, ["cu_seqlens", "(S + 1,)", "(1,)"]),
+    "packed 2-D": (packed(cu_seqlens=ints(0, 7)[None]), ValueError, ["cu_seqlens", "(S + 1,)", "(1, 2)"]),
+    "packed by floats": (
+        packed(cu_seqlens=torch.tensor([0.0, 7.0])), TypeError, ["cu_seqlens", "integer", "torch.float32"],
+    ),
+    "packed by a list": (packed(cu_seqlens=[0, 7]), TypeError, ["cu_seqlens", "Tensor", "list"]),
+    "packed elsewhere": (packed(cu_seqlens=ints(0, 7).to("meta")), ValueError, ["cu_seqlens", "meta", "cpu"]),
+    # numbers and names
+    "temperature 0": ({"temperature": 0.0}, ValueError, ["temperature", "positive", "0.0"]),
+    "temperature negative": ({"temperature": -1.5}, ValueError, ["temperature", "positive", "-1.5"]),
+    "temperature NaN": ({"temperature": float("nan")}, ValueError, ["temperature", "positive", "nan"]),
+    "unknown reduction": ({"reduction": "mean"}, ValueError, ["reduction", "sequence, token, sum", "'mean'"]),
+    "rows of a sum of relations": ({"reduction": "none"}, ValueError, ["reduction", "sequence, token, sum", "'none'"]),
+    "unknown implementation": (
+        {"implementation": "cuda"}, ValueError, ["implementation", "triton, chunked, reference", "'cuda'"],
+    ),
+    "triton in float64": (
+        {"teacher": triple(dtype=torch.float64), "student": triple(dtype=torch.float64), "implementation": "triton"},
+        TypeError, ["triton", "float32", "float64"],
+    ),
+    "triton over 256 dimensions": (
+        {"teacher": triple(dim=257), "student": triple(dim=8), "implementation": "triton"},
+        ValueError, ["triton", "256", "257"],
+    ),
+}  # fmt: skip
+
+
+def assert_one_sentence(message: str, parts: list[str]) -> None:
+    assert "\n" not in message
+    for part in parts:
+        assert re.search(rf"(?<!\w){re.escape(part)}(?!\w)", message), f"{part!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_use_of_the_loss(wrong: str) -> None:
+    arguments, error, parts = WRONG[wrong]
+    with pytest.raises(error) as raised:
+        fused_minilm_loss(**GOOD | arguments)
+    assert_one_sentence(str(raised.value), parts)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_use_of_the_module(wrong: str) -> None:
+    arguments, error, parts = WRONG[wrong]
+    arguments = GOOD | arguments
+    where = {
+        name: arguments.pop(name) for name in ("attention_mask", "prefix_lengths", "cu_seqlens") if name in arguments
+    }
+    teacher, student = arguments.pop("teacher"), arguments.pop("student")
+    with pytest.raises(error) as raised:
+        MiniLMLoss(**arguments)(teacher, student, **where)
+    assert_one_sentence(str(raised.value), parts)
+
+
+def test_module_refuses_relations_at_once() -> None:
+    with pytest.raises(ValueError, match="'qx'"):
+        MiniLMLoss(("qx",))
+
+
+ONE_RELATION: dict[str, tuple[Callable[[], Tensor], type[Exception], list[str]]] = {
+    "batches": (lambda: relation_kl(x(), x(), x(batch=3), x(batch=3)), ValueError, ["batch", "2", "3"]),
+    "lengths": (lambda: relation_kl(x(), x(), x(), x(n=9)), ValueError, ["7", "9", "y_s"]),
+    "heads": (lambda: relation_kl(x(), x(), x(heads=2), x(heads=2)), ValueError, ["4 heads", "2", "relation_heads"]),
+    "integers": (lambda: relation_kl(x(), integers, x(), x()), TypeError, ["y_t", "float32", "torch.int64"]),
+    "None": (lambda: relation_kl(x(), x(), x(), None), TypeError, ["y_s", "Tensor", "NoneType"]),
+    "reduction": (lambda: relation_kl(x(), x(), x(), x(), reduction="rows"), ValueError, ["none", "'rows'"]),
+    "devices": (lambda: relation_kl(x(), x(), x(), x().to("meta")), ValueError, ["cpu", "meta"]),
+}
+
+
+@pytest.mark.parametrize("wrong", ONE_RELATION)
+def test_wrong_use_of_one_relation(wrong: str) -> None:
+    call, error, parts = ONE_RELATION[wrong]
+    with pytest.raises(error) as raised:
+        call()
+    assert_one_sentence(str(raised.value), parts)
+
+
+def test_triton_by_name_does_not_fall_back_without_a_gpu() -> None:
+    """Where triton does not interpret, hence in a fresh process."""
+    program = (
+        "import torch; from minilm_kernels import fused_minilm_loss; x = torch.zeros(1, 1, 2, 2); "
+        "fused_minilm_loss((x, x, x), (x, x, x), implementation='triton')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert re.search(r"ValueError: implementation='triton' .*cuda.*cpu", run.stderr)
