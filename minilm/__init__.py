@@ -10,13 +10,14 @@ from minilm.loss import MiniLMLoss
 from minilm_kernels import fused_minilm_loss, relation_kl
 
 if TYPE_CHECKING:
-    from minilm.capture import attention_qkv, capture
+    from minilm._capture import attention_qkv, capture
     from minilm.students import build_student
     from minilm.trainer import DistillationModel, DistillationTrainer
 
+# No name here may be a module's: importing the module would put it in the name's place.
 _HOMES = {
-    "attention_qkv": "minilm.capture",
-    "capture": "minilm.capture",
+    "attention_qkv": "minilm._capture",
+    "capture": "minilm._capture",
     "build_student": "minilm.students",
     "DistillationModel": "minilm.trainer",
     "DistillationTrainer": "minilm.trainer",

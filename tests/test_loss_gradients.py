@@ -131,17 +131,25 @@ def test_chunked_in_float64_is_the_reference(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("trained", ["q", "k", "v", "qk"])
-def test_only_what_requires_grad(trained: str, fused: str, device: str) -> None:
+def test_only_what_requires_grad(trained: str, implementation: str, device: str) -> None:
     """One side of a relation may be frozen: the other's gradient stays, and the teacher never gets one."""
     case = Case(id="frozen", n=37, relations=("qk", "kv", "vv"), masks=("holes",))
     inputs = build(case, device)
     student = [x.clone().requires_grad_(letter in trained) for letter, x in zip("qkv", inputs.student, strict=True)]
     teacher = [x.clone().requires_grad_() for x in inputs.teacher]
-    fused_minilm_loss(teacher, student, **inputs.options, implementation=fused).backward()
+    fused_minilm_loss(teacher, student, **inputs.options, implementation=implementation).backward()
     assert all(x.grad is None for x in teacher)
-    expected = evaluate(inputs, fused).gradients
+    expected = evaluate(inputs, implementation).gradients
     for letter, x, g in zip("qkv", student, expected, strict=True):
         if letter in trained:
             torch.testing.assert_close(x.grad, g, rtol=1e-5, atol=1e-9)
         else:
             assert x.grad is None
+
+
+def test_nothing_to_train(implementation: str, device: str) -> None:
+    """The loss of a student without gradients has no graph, though the teacher could have one."""
+    inputs = build(Case(id="frozen", n=19), device)
+    teacher = tuple(x.requires_grad_() for x in inputs.teacher)
+    loss = fused_minilm_loss(teacher, inputs.student, **inputs.options, implementation=implementation)
+    assert not loss.requires_grad

@@ -79,3 +79,12 @@ def test_public_names() -> None:
     assert minilm.fused_minilm_loss is minilm_kernels.fused_minilm_loss
     with pytest.raises(AttributeError, match="no_such_name"):
         minilm.no_such_name  # noqa: B018
+
+
+def test_public_names_are_not_shadowed_by_modules() -> None:
+    """A fresh process: importing a module sets an attribute of the package, which must not be a function's name."""
+    check = (
+        "import minilm.trainer; from minilm import capture, __all__; import minilm, types; assert callable(capture); "
+    )
+    check += "assert not [n for n in __all__ if isinstance(getattr(minilm, n), types.ModuleType)]"
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -17,7 +17,8 @@ def relation_op(relations: Relations, relation_weights: list[float], implementat
     """(Σ relation weight · loss, detached losses (relations,)); without sums the rows (relations, B, R, N), twice."""
     student = (*relations.x_s, *relations.y_s)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in student)):
-        value = _ops.forward(implementation)(*relations, False)[0]
+        with torch.no_grad():  # the teacher may require gradients, and gets none
+            value = _ops.forward(implementation)(*relations, False)[0]
         return _total(value, relations.sums, relation_weights), value
     result: tuple[Tensor, Tensor] = _Relations.apply(  # type: ignore[no-untyped-call]
         [x.detach() for x in relations.x_t],

@@ -10,7 +10,14 @@ from torch import Tensor
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._keys import key_sweep
 from minilm_kernels._triton._launch import Launch, group, lse_argument, row_weights
-from minilm_kernels._triton._plan import architecture, dimensions, lse_parts, padded, structure, tiles
+from minilm_kernels._triton._plan import (
+    architecture,
+    dimensions,
+    lse_parts,
+    padded,
+    structure,
+    tiles,
+)
 from minilm_kernels._triton._resident import resident, scale_in_place
 from minilm_kernels._triton._rows import row_sweep
 from minilm_kernels._triton._self import self_sweep

@@ -11,7 +11,6 @@ import torch
 
 from minilm_kernels._relations import Relations
 
-RESIDENT_TOKENS = 128
 RESIDENT_DIM = 64
 
 
@@ -51,10 +50,17 @@ def architecture(device: torch.device) -> int:
 
 def structure(relations: Relations) -> str:
     x_t, x_s = relations.x_t[0], relations.x_s[0]
-    tokens = RESIDENT_TOKENS if max(x_t.element_size(), x_s.element_size()) == 2 else RESIDENT_TOKENS // 2
+    tokens = resident_tokens(architecture(x_s.device), max(x_t.element_size(), x_s.element_size()))
     if relations.sums and x_s.shape[2] <= tokens and max(x_t.shape[3], x_s.shape[3]) <= RESIDENT_DIM:
         return "resident"
     return "self" if relations.is_self and relations.symmetric and relations.sums else "cross"
+
+
+def resident_tokens(architecture: int, element_size: int) -> int:
+    """Longest sequence whose scores stay in registers: tensor cores that read operands from memory leave more."""
+    if element_size > 2:
+        return 32
+    return 128 if architecture >= 90 else 64
 
 
 def padded(dim: int) -> int:

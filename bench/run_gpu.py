@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Everything that a GPU machine is needed for, in one command: tests, benchmarks, profile.
+
+    python bench/run_gpu.py --out DIR                 all parts
+    python bench/run_gpu.py --out DIR --part bench    one; each ends within nine minutes
+
+CSVs and PNGs go into bench/results/, whose rows they replace; copies of them and a log of each part go into DIR. The
+project need not be installed: its sources are found beside this file.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from _results import RESULTS, ROOT, device_slug
+
+PART_SECONDS = 530  # a part is ended then, whatever it does
+MEASURE_SECONDS = 450  # a benchmark starts nothing new after this
+PARTS = ("tests", "bench", "step", "profile")
+GPU_TESTS = "test_loss_*.py"  # they run natively on CUDA where there is one
+NCU = ("ncu", "--profile-from-start", "off", "--clock-control", "none", "--set", "detailed", "--force-overwrite")
+
+
+def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
+    """What a part runs, one after the other."""
+    python, bench = sys.executable, ROOT / "bench"
+    options = ["--out", str(RESULTS), "--seconds", str(MEASURE_SECONDS), *(["--commit", commit] if commit else [])]
+    if part == "tests":
+        return [[python, "-m", "pytest", "-q", *sorted(map(str, (ROOT / "tests").glob(GPU_TESTS)))]]
+    if part == "bench":
+        return [[python, str(bench / "loss_bench.py"), *options]]
+    if part == "step":
+        return [[python, str(bench / "step_bench.py"), *options]]
+    report = str(out / "kernels.ncu-rep")
+    return [
+        [*NCU, "--export", report, python, str(bench / "profile_kernels.py")],
+        ["ncu", "--import", report, "--page", "details", "--print-summary", "per-kernel"],
+    ]
+
+
+def run_part(part: str, out: Path, commit: str | None) -> bool:
+    """Whether all of its commands ended with 0; their output goes to the terminal and to DIR/<part>.log."""
+    if part == "profile" and shutil.which("ncu") is None:
+        print("profile: ncu (Nsight Compute) was not found on this machine; no kernel was profiled")
+        return True
+    deadline = time.monotonic() + PART_SECONDS
+    with (out / f"{part}.log").open("w") as log:
+        return all(run(command, log, deadline - time.monotonic()) for command in commands(part, out, commit))
+
+
+def run(command: list[str], log: TextIO, seconds: float) -> bool:
+    """Whether it ended with 0 in time; after `seconds` it is killed with everything it started."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    print("$", *command, flush=True)
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group of its own, to be killed as one
+    ) as process:
+        timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            log.write(line)
+        code = process.wait()
+        timer.cancel()
+    if code == -signal.SIGKILL:
+        print(f"killed, after at most {seconds:.0f} s", flush=True)
+    return code == 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 1 where a part failed; 2 without a GPU."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the logs and copies")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="(default: all)")
+    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("this machine has no CUDA device; on a CPU: pytest, and python bench/loss_bench.py", file=sys.stderr)
+        return 2
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    ended = {part: run_part(part, out, args.commit) for part in args.part}
+    copy_results(RESULTS, out, device_slug("cuda"))
+    for part, well in ended.items():
+        print(f"{part}: {'ended well' if well else 'FAILED, see ' + str(out / f'{part}.log')}")
+    return int(not all(ended.values()))
+
+
+def copy_results(results: Path, out: Path, slug: str) -> list[Path]:
+    """Copies this device's tables and plots; returns the copies."""
+    if out == results:
+        return []
+    patterns = (f"*_bench_{slug}.csv", f"*_bench_{slug}_*.png")
+    return [Path(shutil.copy2(file, out)) for pattern in patterns for file in sorted(results.glob(pattern))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Query, key and value of chosen layers, taken out of any transformers model while it runs.
+
+transformers looks the attention function up by the name in the model's config and hands it q, k, v after rotary
+position and before the attention core. `capture` points that name, for as long as it is active, to a function
+registered here that keeps the tensors of the wanted layers and calls the function the model had; the mask function goes
+along, or padding would be ignored.
+
+B batch, H heads, H_kv heads of key and value (fewer than H in grouped-query attention), N tokens, D head dimension.
+"""
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def num_layers(model_or_config: Any) -> int:
+    """Number of Transformer layers. Raises `ValueError` where the config does not say (several Transformers in one)."""
+    config = getattr(model_or_config, "config", model_or_config)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise ValueError(f"{type(config).__name__} has no num_hidden_layers: pass one Transformer of the model")
+    return layers
+
+
+def resolve_layer(model_or_config: Any, layer: int) -> int:
+    """The layer's number from 1 (bottom) to L; -1 is the last. Raises `ValueError` outside 1..L and -L..-1."""
+    last = num_layers(model_or_config)
+    if not 1 <= abs(layer) <= last:
+        raise ValueError(f"layer {layer} does not exist: layers are 1 to {last}, or -{last} to -1 from the last down")
+    return layer if layer > 0 else last + 1 + layer
+
+
+@contextmanager
+def capture(model: PreTrainedModel, layers: Sequence[int] = (-1,), *, stop: bool = False) -> Iterator[dict[int, QKV]]:
+    """Keep q, k, v of `layers` from the forward that runs inside the `with` block.
+
+        with capture(teacher, [21], stop=True) as captured, torch.no_grad():
+            teacher(**inputs)
+        q, k, v = captured[21]      # (B, H, N, D), (B, H_kv, N, D), (B, H_kv, N, D), in the dtype the model computes in
+
+    The keys of `captured` are the layers as named in `layers` (1 is the bottom, -1 the last). The tensors are those
+    that the model computes, views where it made views, in its graph. Its outputs do not change. Of several forwards the
+    last counts; a decoder that fills a cache hands out copies of k and v (call it with `use_cache=False`).
+
+    With `stop=True` the forward ends right after the projections of the highest wanted layer: no attention core, no
+    FFN, no higher layer, no output. What stands behind the model's call inside the block is then not run.
+
+    Raises `TypeError` for anything but a transformers model (unwrap DDP and the like), and `ValueError` for a layer
+    that does not exist, an encoder-decoder, reentrant gradient checkpointing, and, on leaving the block, where the
+    attention of a wanted layer was not seen.
+    """
+    recorder = _Recorder(model, layers, stop)
+    _switch(recorder.configs)
+    _active.recorders.append(recorder)
+    try:
+        yield recorder.captured
+    except _StopForward as reached:
+        if reached.args[0] is not recorder:
+            raise
+    finally:
+        _active.recorders.remove(recorder)
+        _switch_back(recorder.configs)
+    recorder.check_complete()
+
+
+def attention_qkv(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: int = -1) -> QKV:
+    """q (B, H, N, D), k and v (B, H_kv, N, D) of one layer, from a forward on `inputs` that stops there.
+
+    Gradients flow if they are enabled. Raises as `capture` does.
+    """
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    with capture(model, (layer,), stop=True) as captured:
+        model(**{**inputs, "use_cache": False} if takes_cache else inputs)
+    return captured[layer]
+
+
+class _StopForward(BaseException):
+    """Ends a forward for the recorder it carries; not an `Exception`, so that no model's own `except` takes it."""
+
+
+class _Recorder:
+    """What one `capture` wants of one model, and what it has got."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], stop: bool) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"capture takes a transformers model (PreTrainedModel), got {type(model).__name__}")
+        name = type(model).__name__
+        if model.config.is_encoder_decoder and hasattr(model.base_model, "decoder"):
+            raise ValueError(f"{name} is an encoder-decoder: capture model.get_encoder() or model.get_decoder()")
+        self.num_layers = num_layers(model)
+        self.wanted = {layer: resolve_layer(model, layer) for layer in layers}
+        if not self.wanted:
+            raise ValueError(f"layers is {layers!r}: name at least one layer of 1 to {self.num_layers}")
+        modules = list(model.modules())
+        _refuse_reentrant_checkpointing(modules)
+        self.model_type = model.config.model_type
+        self.stop_at = max(self.wanted.values()) if stop else None
+        self.modules = {id(module) for module in modules}
+        self.configs = _configs(modules)
+        self.captured: dict[int, QKV] = {}
+        self._owners: dict[int, int] = {}
+        self._calls = 0
+        self._graph_task = _graph_task()
+
+    def take(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Keep the tensors if the layer is wanted; true where the forward shall end."""
+        # Gradient checkpointing runs layers again, inside a backward that this capture was not entered in.
+        if id(module) not in self.modules or _graph_task() != self._graph_task:
+            return False
+        index = getattr(module, "layer_idx", None)
+        if index is None:  # ViT numbers nothing, ALBERT runs one module L times
+            index = self._calls % self.num_layers
+            self._calls += 1
+        layer = index + 1
+        if self._owners.setdefault(layer, id(module)) != id(module):
+            return False  # the layer's cross-attention, which comes after its self-attention
+        for name, wanted in self.wanted.items():
+            if wanted == layer:
+                self.captured[name] = (query, key, value)
+        return layer == self.stop_at
+
+    def check_complete(self) -> None:
+        missing = [name for name in self.wanted if name not in self.captured]
+        if missing:
+            raise ValueError(
+                f"no attention of layers {missing} was seen: either no forward ran inside capture, or models of type "
+                f"{self.model_type!r} do not compute it through transformers' AttentionInterface"
+            )
+
+
+class _Active(threading.local):
+    """The captures of this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.recorders: list[_Recorder] = []
+
+
+_active = _Active()
+
+
+def _graph_task() -> int:
+    """The backward that Python runs in, -1 outside of one; dynamo never sees a recomputation."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _attend(
+    implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """The registered attention function: record, then stop or do what the model would have done."""
+    stopping = None
+    for recorder in _active.recorders:
+        if recorder.take(module, query, key, value):
+            stopping = recorder
+    if stopping is not None:
+        raise _StopForward(stopping)
+    if implementation == "eager":
+        return _eager_attention(module)(module, query, key, value, *args, **kwargs)
+    reads_config = implementation not in ("sdpa", "flex_attention")
+    seen = _Unswitched(module, implementation) if reads_config else module
+    return ALL_ATTENTION_FUNCTIONS[implementation](seen, query, key, value, *args, **kwargs)
+
+
+def _eager_attention(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention of the model's own file, registered nowhere: the function that the module's forward names."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
+    if len(names) == 1:
+        function: Callable[..., Any] = forward.__globals__[names[0]]
+        return function
+    name = type(module).__name__
+    raise ValueError(f'capture does not find the eager attention of {name}: load with attn_implementation="sdpa"')
+
+
+class _Unswitched:
+    """An attention module with its own config's name: flash attention asks `module.config` which version to run."""
+
+    def __init__(self, module: Any, implementation: str) -> None:
+        self._module = module
+        self.config = copy.copy(module.config)
+        self.config._attn_implementation_internal = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+_PREFIX = "minilm_capture_"  # the original's name follows, because transformers looks for "flash" in the name
+
+
+def _register(implementation: str) -> None:
+    AttentionInterface.register(_PREFIX + implementation, functools.partial(_attend, implementation))
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(_PREFIX + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+
+
+for _implementation in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
+    _register(_implementation)
+
+_users: dict[int, int] = {}  # id of a switched config -> captures that need it switched, from any thread
+_users_lock = threading.Lock()
+
+
+def _lock() -> AbstractContextManager[Any]:
+    return nullcontext() if torch.compiler.is_compiling() else _users_lock  # dynamo cannot trace a lock
+
+
+def _configs(modules: list[nn.Module]) -> list[Any]:
+    """The distinct config objects in which the modules look their attention up."""
+    configs = {}
+    for module in modules:
+        config = module.__dict__.get("config")  # a failing getattr of a module is slow, and this runs at every step
+        if getattr(config, "_attn_implementation", None):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
+def _switch(configs: list[Any]) -> None:
+    # The plain attribute: `set_attn_implementation` and the property reach into sub-configs, and to_dict leaves it out.
+    with _lock():
+        for config in configs:
+            implementation = config._attn_implementation
+            _users[id(config)] = _users.get(id(config), 0) + 1
+            if not implementation.startswith(_PREFIX):  # else another capture's, or a deep copy made inside one
+                if _PREFIX + implementation not in ALL_ATTENTION_FUNCTIONS:
+                    _register(implementation)
+                config._attn_implementation_internal = _PREFIX + implementation
+
+
+def _switch_back(configs: list[Any]) -> None:
+    with _lock():
+        for config in configs:
+            _users[id(config)] -= 1
+            if _users[id(config)] == 0:
+                del _users[id(config)]
+                config._attn_implementation_internal = config._attn_implementation.removeprefix(_PREFIX)
+
+
+def _refuse_reentrant_checkpointing(modules: list[nn.Module]) -> None:
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        active = function is not None and module.training and module.gradient_checkpointing
+        if active and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "reentrant checkpointing gives captured tensors no gradient: "
+                'enable gradient checkpointing with {"use_reentrant": False}, it has {"use_reentrant": True}'
+            )

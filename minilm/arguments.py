@@ -1,0 +1,217 @@
+"""The flags of `minilm-train`: its own, and all of `transformers.TrainingArguments`."""
+
+import difflib
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from minilm.demo import OUTPUT_DIR
+
+DESCRIPTION = """\
+Distil a Transformer into a small one by its self-attention relations (MiniLM).
+
+  minilm-train                                      a demonstration: a real teacher, real text, minutes on a CPU
+  minilm-train --teacher bert-base-uncased --data my_texts/ --student_num_layers 6 --output_dir small-bert
+"""
+
+# Where the papers' choices (MiniLM and MiniLMv2, section 4.1) differ from the Trainer's defaults.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "weight_decay": 0.01,
+    "warmup_steps": 0.05,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "logging_steps": 50,
+    "save_total_limit": 2,
+}
+DEMO: dict[str, Any] = {
+    "student_num_layers": 3,
+    "student_init": "random",
+    "max_length": 64,
+    "output_dir": OUTPUT_DIR,
+    "max_steps": 300,
+    "learning_rate": 1e-3,
+    "warmup_steps": 30,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 50,
+    "save_steps": 100,
+    "save_total_limit": 1,
+}
+
+
+def _about(help: str, metavar: str | None = None) -> dict[str, str]:
+    return {"help": help} if metavar is None else {"help": help, "metavar": metavar}
+
+
+@dataclass
+class ModelArguments:
+    """Which teacher, and what student."""
+
+    _argument_group_name = "teacher and student"
+
+    teacher: str | None = field(
+        default=None, metadata=_about("Model to distil: a name on the hub or a folder.", "NAME|DIR")
+    )
+    teacher_layer: int = field(
+        default=-1,
+        metadata=_about("Teacher layer whose relations are learnt: 1 to L from the bottom, or -1 to -L.", "L"),
+    )
+    student_num_layers: int | None = field(
+        default=None, metadata=_about("Layers of the student (default: the teacher's).", "M")
+    )
+    student_hidden_size: int | None = field(
+        default=None, metadata=_about("Hidden size of the student (default: the teacher's).", "H")
+    )
+    student_num_heads: int | None = field(
+        default=None, metadata=_about("Attention heads of the student (default: the teacher's).", "A")
+    )
+    student_intermediate_size: int | None = field(
+        default=None,
+        metadata=_about("Feed-forward size (default: in the teacher's ratio to the hidden size).", "F"),
+    )
+    student_init: Literal["auto", "random", "layers", "slice"] = field(
+        default="auto",
+        metadata=_about(
+            "Weights to start from. layers: the teacher's, evenly and the last layer included; slice: these, cut to "
+            "the student's sizes; random; auto: layers where the sizes match, else random."
+        ),
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which text."""
+
+    _argument_group_name = "data"
+
+    data: list[str] | None = field(
+        default=None,
+        metadata=_about(
+            "Text to distil on: .txt (a text a line), .jsonl or .parquet files, folders of one kind of them, or names "
+            "of data sets on the hub. One text in twenty, at most 512, is held out.",
+            "NAME|FILE|DIR",
+        ),
+    )
+    data_config: str | None = field(
+        default=None, metadata=_about("Configuration of the data sets from the hub.", "CONFIG")
+    )
+    text_column: str = field(default="text", metadata=_about("Column with the text; .txt files need none.", "COLUMN"))
+    max_length: int | None = field(
+        default=None,
+        metadata=_about("Tokens at which a text is cut off (default: 512, or the teacher's positions if fewer).", "N"),
+    )
+
+
+@dataclass
+class ObjectiveArguments:
+    """What is learnt."""
+
+    _argument_group_name = "objective"
+
+    objective: Literal["minilm", "minilm-v2"] = field(
+        default="minilm",
+        metadata=_about("minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads."),
+    )
+    relations: str | None = field(
+        default=None,
+        metadata=_about("Other relations than the objective's, with weights: qk,vv or qk:1,vv:0.5.", "PAIRS"),
+    )
+    relation_heads: int | None = field(
+        default=None,
+        metadata=_about(
+            "Heads that queries, keys and values are split into for the relations (default: for minilm the models' "
+            "own, for minilm-v2 four to each of the teacher's, or the teacher's where the widths do not divide).",
+            "R",
+        ),
+    )
+    relation_temperature: float = field(default=1.0, metadata=_about("Divides the scores of both models.", "T"))
+    implementation: Literal["auto", "triton", "chunked", "reference"] = field(
+        default="auto",
+        metadata=_about("How the loss is computed; auto is triton on a CUDA device and chunked elsewhere."),
+    )
+
+
+class TrainerArguments(TrainingArguments):
+    """`TrainingArguments` under a heading of their own."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+
+@dataclass
+class Arguments:
+    """What the command line said."""
+
+    model: ModelArguments
+    data: DataArguments
+    objective: ObjectiveArguments
+    training: TrainingArguments
+    demo: bool  # neither --teacher nor --data: the embedded demonstration
+
+
+def parse(argv: Sequence[str] | None = None) -> Arguments:
+    """Arguments of a run; a wrong flag or value ends the process with one line and exit code 2, as argparse does."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    groups: list[Any] = [ModelArguments, DataArguments, ObjectiveArguments, TrainerArguments]
+    parser = _Parser(
+        groups,
+        prog="minilm-train",
+        usage="minilm-train [--teacher NAME|DIR --data NAME|FILE|DIR ... --output_dir DIR] [flags]",
+        description=DESCRIPTION,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(**DEFAULTS)
+    given, _ = parser.parse_known_args(argv)
+    demo = given.teacher is None and given.data is None
+    if demo:
+        parser.set_defaults(**DEMO)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, OSError) as error:  # of TrainingArguments, which check themselves
+        parser.error(str(error))
+    if unknown:
+        parser.error(_unknown(unknown, parser))
+    if not demo and (problem := _missing(given)):
+        parser.error(problem)
+    model, data, objective, training = parsed
+    return Arguments(model, data, objective, training, demo)
+
+
+def _missing(given: Any) -> str | None:
+    """What a run of one's own cannot do without."""
+    if given.teacher is None:
+        return "--data is given without --teacher"
+    if given.data is None:
+        return "--teacher is given without --data"
+    if given.output_dir is None:
+        return "--output_dir is missing: the folder for the student, its checkpoints and the report"
+    sizes = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
+    if all(getattr(given, f"student_{size}") is None for size in sizes):
+        return "the student's size is missing: --student_num_layers, --student_hidden_size or both"
+    return None
+
+
+def _unknown(unknown: list[str], parser: HfArgumentParser) -> str:
+    flag = unknown[0].partition("=")[0]
+    near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+    return f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else "")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; argparse would print the usage of all flags first."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The description as it stands, and defaults where there are any."""
+
+    def _get_help_string(self, action: Any) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)

@@ -1,0 +1,199 @@
+"""What a finished run leaves beside the student: metrics.json, report.md, curves.png and a model card, README.md."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Metrics = dict[str, Any]
+History = list[dict[str, Any]]  # of Trainer.state.log_history: rows of losses, each with its step
+
+PARTS = {"embedding": "embedding", "transformer": "Transformer", "total": "all"}
+METRICS = "metrics.json"  # written last: where it stands, the run is finished
+
+
+def write_report(folder: Path, metrics: Metrics, history: History) -> str:
+    """Writes the four files into `folder` and returns report.md.
+
+    Args:
+        metrics: as `minilm.distill` gathers them: "heldout" {relation: {"start", "end"}} in nats; "parameters" and
+            "speeds" {"teacher", "student"}; "arguments"; and what describes the run.
+        history: the Trainer's log; each relation's training and held-out losses are drawn from it.
+    """
+    report = report_markdown(folder, metrics)
+    plot_curves(list(metrics["heldout"]), history).savefig(folder / "curves.png", dpi=120)
+    (folder / "report.md").write_text(report, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(folder, metrics), encoding="utf-8")
+    aside = folder / (METRICS + ".part")
+    aside.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, folder / METRICS)
+    return report
+
+
+def overview(metrics: Metrics) -> str:
+    """What is about to be trained, for the terminal."""
+    data, before = metrics["data"], metrics["steps_before_resuming"]
+
+    def size(side: str) -> str:
+        model, count = metrics[side], {part: _count(number) for part, number in metrics["parameters"][side].items()}
+        return (
+            f"{model['layers']} layers x {model['hidden_size']}, {model['heads']} heads, {count['total']} parameters "
+            f"({count['embedding']} embedding, {count['transformer']} Transformer)"
+        )
+
+    return "\n".join(
+        [
+            f"teacher    {metrics['teacher']['name']}: {size('teacher')}",
+            f"student    {size('student')}",
+            f"objective  {_objective(metrics)}",
+            f"data       {data['train_sequences']:,} sequences of {data['name']}, {data['heldout_sequences']:,} more "
+            f"held out, up to {data['max_length']} tokens",
+            f"device     {metrics['device']}",
+            f"folder     {metrics['student']['name']}{f', continued after step {before}' if before else ''}",
+            "",
+        ]
+    )
+
+
+def report_markdown(folder: Path, metrics: Metrics) -> str:
+    """The run in two tables and a curve, and how to load its student."""
+    teacher, student = metrics["teacher"], metrics["student"]
+    parameters, speeds = metrics["parameters"], metrics["speeds"]
+    sizes = [
+        ["layers x hidden size", *(f"{model['layers']} x {model['hidden_size']}" for model in (teacher, student)), ""],
+        *(_compare(f"{label} parameters", parameters, part, _count) for part, label in PARTS.items()),
+        *(_compare(unit.replace("_", " "), speeds, unit, _rate) for unit in speeds["student"]),
+    ]
+    losses = [
+        [relation, f"{ends['start']:.4f}", f"{ends['end']:.4f}", _ratio(ends["end"], ends["start"])]
+        for relation, ends in metrics["heldout"].items()
+    ]
+    return "\n".join(
+        [
+            f"# Distillation of {teacher['name']}",
+            "",
+            _what_was_done(metrics),
+            "",
+            *_table(["", "teacher", "student", "student / teacher"], sizes),
+            "",
+            f"Speeds are of the whole models, forward only, on held-out text in batches of {metrics['speed_batch']}, "
+            f"measured on {metrics['device']}.",
+            "",
+            *_table(["held-out loss (nats)", "untrained", "trained", "trained / untrained"], losses),
+            "",
+            "![losses by step](curves.png)",
+            "",
+            *_how_to_load(folder),
+        ]
+    )
+
+
+def model_card(folder: Path, metrics: Metrics) -> str:
+    """A short README.md for the student's folder, with the hub's front matter."""
+    teacher, student = metrics["teacher"], metrics["student"]
+    # A folder's name would point to another model on the hub, or to none.
+    base = [f"base_model: {name}"] if (name := metrics["arguments"]["teacher"]) and not Path(name).exists() else []
+    losses = ", ".join(f"{name} {ends['start']:.3f} to {ends['end']:.3f}" for name, ends in metrics["heldout"].items())
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            *base,
+            "tags: [minilm, distillation]",
+            "---",
+            f"# {student['layers']} x {student['hidden_size']} student of {teacher['name']}",
+            "",
+            f"{_count(metrics['parameters']['student']['total'])} parameters. {_what_was_done(metrics)}",
+            "",
+            f"Held-out loss by relation, from the untrained student to this one: {losses}.",
+            "",
+            *_how_to_load(folder),
+        ]
+    )
+
+
+def plot_curves(relations: list[str], history: History) -> Figure:
+    """Each relation's loss by step: a line for training, points for held-out text; the loss axis is logarithmic."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, relation in enumerate(relations):
+        train = [(row["step"], row[relation]) for row in history if relation in row]
+        heldout = [(row["step"], row[f"eval_{relation}"]) for row in history if f"eval_{relation}" in row]
+        name = relation.upper()
+        axes.plot(*zip(*train, strict=True), color=f"C{index}", linewidth=1, label=f"{name} training")
+        axes.plot(*zip(*heldout, strict=True), "o", color=f"C{index}", label=f"{name} held-out")
+    axes.set(xlabel="step", ylabel="KL(teacher ‖ student), nats", yscale="log", title="Relation losses")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def _objective(metrics: Metrics) -> str:
+    weights = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in metrics["relations"].items())
+    heads = f" over {metrics['relation_heads']} relation heads" if metrics["relation_heads"] else ""
+    return f"{metrics['objective']} ({weights}{heads}) on teacher layer {metrics['teacher_layer']}"
+
+
+def _what_was_done(metrics: Metrics) -> str:
+    data, before = metrics["data"], metrics["steps_before_resuming"]
+    last = f", the last {metrics['steps'] - before}" if before else ""
+    return (
+        f"Objective {_objective(metrics)}: {metrics['steps']} steps of {data['sequences_per_step']} sequences of up to "
+        f"{data['max_length']} tokens, from {data['train_sequences']:,} sequences of {data['name']} "
+        f"({data['heldout_sequences']:,} more held out){last} in {_duration(metrics['seconds'])} on "
+        f"{metrics['device']}."
+    )
+
+
+def _how_to_load(folder: Path) -> list[str]:
+    return [
+        "```python",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        f"student = AutoModel.from_pretrained({str(folder)!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})",
+        "```",
+        "",
+        "The relations end at the last layer's queries, keys and values. What is above them (that layer's attention",
+        "output and feed-forward part) is as initialised, and learns when the student is fine-tuned on a task.",
+        "",
+    ]
+
+
+def _compare(name: str, pair: Metrics, key: str, text: Callable[[float], str]) -> list[str]:
+    teacher, student = pair["teacher"][key], pair["student"][key]
+    return [name, text(teacher), text(student), _ratio(student, teacher)]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table with aligned columns, so that it reads well on a terminal too."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        aligned = [f"{cells[0]:<{widths[0]}}"]
+        aligned += [f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return [line(header), rule, *(line(row) for row in rows)]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
+
+
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.2f}" if base else ""  # a student that starts as its teacher has no loss to lower
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:.1f}M" if value >= 1e5 else f"{value:,.0f}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

@@ -1,0 +1,261 @@
+"""Students: smaller models of the teacher's class, what of them relation training leaves out, and their size."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minilm._capture import attention_qkv, resolve_layer
+from minilm._capture import num_layers as layers_of
+
+Init = Literal["auto", "random", "layers", "slice"]
+
+_FFN_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim")  # in no attribute_map of transformers
+_WIDTH_FOLLOWERS = ("embedding_size", "pooler_output_size")  # follow hidden_size where they were equal to it
+_FUSED = {  # equal parts that a projection stacks in one weight
+    "Wqkv": (3, "attention width"),
+    "c_attn": (3, "attention width"),
+    "Wi": (2, "intermediate_size"),
+    "gate_up_proj": (2, "intermediate_size"),
+}
+
+
+def build_student(
+    teacher: PreTrainedModel,
+    *,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    num_heads: int | None = None,
+    intermediate_size: int | None = None,
+    init: Init = "auto",
+    teacher_layers: Sequence[int] | None = None,
+    seed: int | None = None,
+) -> PreTrainedModel:
+    """A float32 model on the CPU of the class that is the teacher's base: no head, loadable by `AutoModel`.
+
+    It has a pooler where the class has one by default, so that a checkpoint loads with nothing missing; relation
+    training never trains it. Sizes left out are the teacher's, except `intermediate_size`, which then keeps the
+    teacher's ratio to `hidden_size` (4 for BERT and its kin, less for gated FFNs). The number of key-value heads stays
+    if it divides `num_heads`, else their greatest common divisor is taken; a head dimension that the config sets apart
+    from hidden_size / num_heads stays too.
+
+    `init`:
+    - "layers": copies the teacher, of its layers `teacher_layers` (from 1, bottom to top), by default evenly with the
+      last included (2, 4, ..., 12 for 6 of 12).
+    - "slice": as "layers", and of every parameter the first rows and columns, so the student may be narrower.
+    - "random": the class's own initialisation.
+    - "auto": "layers" where layers, width, heads and FFN allow, else "random".
+
+    With `seed` the same student comes out every time and the global generator is left as it was.
+    Raises `ValueError` for sizes that do not divide, for more layers than the teacher has to give, and for "slice" to a
+    wider student.
+    """
+    if init not in get_args(Init):
+        raise ValueError(f"init {init!r} is none of {', '.join(get_args(Init))}")
+    sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
+    for name, size in {"num_layers": num_layers, **sizes}.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}: it must be at least 1")
+    base = cast(PreTrainedModel, teacher.base_model)
+    layers = _choose_layers(base, num_layers, teacher_layers)
+    config = _student_config(base.config, layers, hidden_size, num_heads, intermediate_size)
+
+    available, wanted = _widths(base.config), _widths(config)
+    enough_layers = len(layers) <= layers_of(base)
+    if init == "auto":
+        init = "layers" if available == wanted and enough_layers else "random"
+    if init == "random" and teacher_layers is not None:
+        raise ValueError(f"teacher_layers {list(teacher_layers)} is given, but the student starts from random weights")
+    if init != "random" and not enough_layers:
+        raise ValueError(f"init {init!r} takes {len(layers)} layers from a teacher that has {layers_of(base)}")
+    for name in available:
+        if init == "layers" and wanted[name] != available[name]:
+            raise ValueError(f"init 'layers' copies {name} {available[name]}, the student's is {wanted[name]}")
+        if init == "slice" and name != "num_heads" and wanted[name] > available[name]:
+            raise ValueError(f"init 'slice' cannot widen {name} from {available[name]} to {wanted[name]}")
+
+    with torch.device("cpu"), _seeded(seed):
+        student = type(base)(config)
+    if init != "random":
+        _copy_weights(base, student, layers)
+    return student
+
+
+def freeze_unused(student: PreTrainedModel, relations: Iterable[str] = ("qk", "vv")) -> list[str]:
+    """Set `requires_grad=False` on what `relations` of the last layer never train; returns those parameters' names.
+
+    That is the last layer after its projections (attention output, FFN, norms), a final norm, the pooler, and the value
+    projection if no relation has a "v": the authors' design (microsoft/unilm#525). They stay as initialised, and DDP
+    runs without `find_unused_parameters`. Found by one forward and backward on two tokens (or one image).
+    """
+    used = set("".join(relations))
+    modes = [(module, module.training) for module in student.modules()]
+    for module, _ in modes:
+        module.training = False  # dropout would draw from the global generator
+    with torch.enable_grad():
+        qkv = attention_qkv(student, _probe_inputs(student))
+        total = sum(tensor.float().sum() for name, tensor in zip("qkv", qkv, strict=True) if name in used)
+    for module, mode in modes:
+        module.training = mode
+    trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(cast(Tensor, total), list(trainable.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
+    for name in unused:
+        trainable[name].requires_grad_(False)
+    return unused
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of the base model, as the papers count them: "embedding", "transformer" and their sum, "total".
+
+    Embedding is all that lies in the model's `embeddings` (tables, their norm, patches) or in an `nn.Embedding`. The
+    pooler and heads are left out; shared parameters count once.
+    """
+    base = model.base_model
+    tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    embedding = transformer = 0
+    for name, parameter in base.named_parameters():
+        top = name.split(".")[0]
+        if top == "embeddings" or id(parameter) in tables:
+            embedding += parameter.numel()
+        elif top != "pooler":
+            transformer += parameter.numel()
+    return {"embedding": embedding, "transformer": transformer, "total": embedding + transformer}
+
+
+def _choose_layers(teacher: PreTrainedModel, count: int | None, teacher_layers: Sequence[int] | None) -> list[int]:
+    """For each student layer the teacher's layer, from 1, that it starts from and whose kind of attention it has."""
+    available = layers_of(teacher)
+    if teacher_layers is not None:
+        if count not in (None, len(teacher_layers)):
+            raise ValueError(f"teacher_layers names {len(teacher_layers)} layers, num_layers is {count}")
+        return [resolve_layer(teacher, layer) for layer in teacher_layers]
+    count = count or available
+    if count > available:
+        return [i % available + 1 for i in range(count)]
+    return [(i + 1) * available // count for i in range(count)]
+
+
+def _student_config(
+    teacher: Any, layers: list[int], hidden_size: int | None, num_heads: int | None, intermediate_size: int | None
+) -> Any:
+    """A fresh config with the student's sizes (`to_dict` leaves out the attention implementation)."""
+    values = teacher.to_dict()
+    for name in ("architectures", "dtype", "quantization_config", "_name_or_path"):
+        values.pop(name, None)
+    width = hidden_size or teacher.hidden_size
+    heads = num_heads or teacher.num_attention_heads
+
+    def put(name: str, value: int) -> None:
+        values[teacher.attribute_map.get(name, name)] = value
+
+    put("num_hidden_layers", len(layers))
+    put("hidden_size", width)
+    put("num_attention_heads", heads)
+    for name in _WIDTH_FOLLOWERS:
+        if values.get(name) == teacher.hidden_size:
+            values[name] = width
+
+    if _head_dim(teacher) * teacher.num_attention_heads == teacher.hidden_size:
+        if width % heads:
+            raise ValueError(f"hidden_size {width} is not divisible by num_heads {heads}")
+        if getattr(teacher, "head_dim", None) is not None:
+            put("head_dim", width // heads)
+    if "num_key_value_heads" in values:
+        kv_heads = _kv_heads(teacher)
+        grouped = kv_heads != teacher.num_attention_heads
+        values["num_key_value_heads"] = math.gcd(heads, kv_heads) if grouped else heads
+
+    ffn = next((name for name in _FFN_NAMES if name in values), None)
+    if intermediate_size is not None:
+        if ffn is None:
+            raise ValueError(f"the config of {teacher.model_type!r} names no FFN size: leave out intermediate_size")
+        values[ffn] = intermediate_size
+    elif ffn is not None and values[ffn] is not None:
+        values[ffn] = round(values[ffn] * width / teacher.hidden_size)
+    if values.get("layer_types"):  # sliding or full attention, layer by layer
+        values["layer_types"] = [teacher.layer_types[layer - 1] for layer in layers]
+    return type(teacher).from_dict(values)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _widths(config: Any) -> dict[str, int]:
+    """Every number of rows or columns of a parameter in which teacher and student may differ."""
+    ffn = next((getattr(config, name) for name in _FFN_NAMES if getattr(config, name, None)), None)
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": ffn or int(config.hidden_size * getattr(config, "mlp_ratio", 4)),
+        "num_heads": config.num_attention_heads,
+        "head_dim": _head_dim(config),
+        "attention width": config.num_attention_heads * _head_dim(config),
+        "key-value width": _kv_heads(config) * _head_dim(config),
+    }
+
+
+def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: list[int]) -> None:
+    """Copy into the student, cutting where it is narrower. What the teacher lacks (a pooler) stays as initialised."""
+    have, want = _widths(teacher.config), _widths(student.config)
+    given = teacher.state_dict()
+    for name, target in student.state_dict().items():
+        source = given.get(_teacher_name(student, name, layers))
+        # What only the first layer holds (T5's position bias) or lacks (ModernBERT's norm) has no namesake there.
+        source = given.get(name) if source is None else source
+        if source is not None:
+            target.copy_(_cut(name, source, target.shape, have, want))
+
+
+def _teacher_name(student: PreTrainedModel, name: str, layers: list[int]) -> str:
+    """`encoder.layer.0.x` -> `encoder.layer.1.x` where the student's first layer comes from the teacher's second."""
+    for prefix, module in student.named_modules():  # the outermost list as long as the student is deep holds its layers
+        if isinstance(module, nn.ModuleList) and len(module) == len(layers) and name.startswith(prefix + "."):
+            index, rest = name[len(prefix) + 1 :].split(".", 1)
+            return f"{prefix}.{layers[int(index)] - 1}.{rest}"
+    return name
+
+
+def _cut(name: str, source: Tensor, shape: torch.Size, have: dict[str, int], want: dict[str, int]) -> Tensor:
+    """The first `shape` entries of `source`, of each part where a projection stacks several."""
+    parts, stacked = next((fused for module, fused in _FUSED.items() if f".{module}." in name), (1, ""))
+    narrower = {(have[width], want[width]) for width in have if want[width] <= have[width]}
+    for axis, (rows, kept) in enumerate(zip(source.shape, shape, strict=True)):
+        if stacked and (rows, kept) == (parts * have[stacked], parts * want[stacked]):
+            source = torch.cat([part.narrow(axis, 0, kept // parts) for part in source.chunk(parts, axis)], axis)
+        elif rows == kept or (rows, kept) in narrower:
+            source = source.narrow(axis, 0, kept)
+        else:
+            raise ValueError(f"init 'slice' does not know how to cut {name} from {rows} to {kept}")
+    return source
+
+
+def _probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    if model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.zeros(1, model.config.num_channels, height, width, device=model.device, dtype=model.dtype)
+        return {"pixel_values": pixels}
+    return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Only the CPU's generator: the student is made there."""
+    if seed is None:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,313 @@
+"""`minilm-train` from its arguments to the folder it leaves, and each mistake as one line and an exit code."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tiny_text import save_teacher, tiny_tokenizer, write_lines
+from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
+
+from minilm.cli import main
+from minilm.runs import starting_point
+from minilm.trainer import DistillationTrainer
+
+CommandLine = Callable[..., tuple[int, str, str]]
+FEW = ["--per_device_train_batch_size", "4", "--max_length", "12", "--logging_steps", "2", "--disable_tqdm", "true"]
+SMALL = ["--student_num_layers", "2", "--max_steps", "4", *FEW, "--use_cpu"]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    return str(save_teacher(tmp_path / "teacher"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return str(write_lines(tmp_path / "lines.txt"))
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[CommandLine]:
+    """Runs `main` in a folder of its own; gives (exit code, stdout, stderr without bars)."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("minilm.distill.SPEED_SECONDS", 0.02)
+    monkeypatch.chdir(tmp_path)
+    datasets.disable_progress_bars()
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # of the fixtures
+        try:
+            code = main(list(argv))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    yield run
+    datasets.enable_progress_bars()
+
+
+@pytest.mark.parametrize(
+    ("flags", "relations", "heads"),
+    [
+        ([], ["qk", "vv"], None),
+        (["--objective", "minilm-v2", "--student_hidden_size", "16"], ["qq", "kk", "vv"], 16),
+        (["--relations", "qk:1,vq:0.5", "--teacher_layer", "2", "--implementation", "reference"], ["qk", "vq"], None),
+    ],
+)
+def test_a_run_leaves_a_student_that_loads_and_its_report(
+    command: CommandLine, teacher: str, data: str, flags: list[str], relations: list[str], heads: int | None
+) -> None:
+    code, out, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, *flags)
+    assert (code, err) == (0, "")
+
+    student = AutoModel.from_pretrained("out")
+    assert student.config.num_hidden_layers == 2
+    inputs = AutoTokenizer.from_pretrained("out")("some text", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [tiny_tokenizer()("some text")["input_ids"]]
+    assert torch.isfinite(student(**inputs).last_hidden_state).all()
+
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert list(metrics["heldout"]) == relations
+    assert all(ends["start"] > 0 and ends["end"] > 0 for ends in metrics["heldout"].values())
+    assert metrics["relation_heads"] == heads
+    assert metrics["steps"] == 4
+    assert metrics["parameters"]["teacher"]["total"] > metrics["parameters"]["student"]["total"]
+    assert all(speed["tokens_per_second"] > 0 for speed in metrics["speeds"].values())
+    assert metrics["arguments"]["teacher"] == teacher
+    assert metrics["arguments"]["max_steps"] == 4
+    assert metrics["data"] == {
+        "name": data,
+        "train_sequences": 38,
+        "heldout_sequences": 2,
+        "max_length": 12,
+        "sequences_per_step": 4,
+    }
+    assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("out/report.md").read_text() in out
+
+
+def test_training_lowers_the_heldout_losses(command: CommandLine, teacher: str, data: str) -> None:
+    longer = ["--max_steps", "40", "--learning_rate", "3e-3", "--warmup_steps", "4"]
+    code, _, _ = command("--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, *longer)
+    assert code == 0
+    for ends in json.loads(Path("out/metrics.json").read_text())["heldout"].values():
+        assert ends["end"] < 0.9 * ends["start"]
+
+
+def test_the_untrained_losses_are_those_of_the_students_start(command: CommandLine, teacher: str, data: str) -> None:
+    """At a learning rate of 0 nothing changes, so start and end are the same held-out text and student."""
+    command("--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, "--learning_rate", "0")
+    for ends in json.loads(Path("out/metrics.json").read_text())["heldout"].values():
+        assert ends["end"] == pytest.approx(ends["start"], rel=1e-6)
+
+
+def test_a_decoder_is_distilled_with_causal_relations(
+    command: CommandLine, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    causal = []
+    monkeypatch.setattr(
+        DistillationTrainer, "train", lambda self, **_: causal.append(self.model.criterion.causal) or 1 / 0
+    )
+    for family in ("bert", "llama"):
+        folder = str(save_teacher(tmp_path / family, family))
+        with pytest.raises(ZeroDivisionError):
+            command("--teacher", folder, "--data", data, "--output_dir", f"out-{family}", *SMALL)
+    assert causal == [False, True]
+
+
+class StopAtTwo(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+# transformers 5.0 warns where checkpoints are made within one tick of the clock.
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
+    command: CommandLine, teacher: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, "--save_steps", "1"]
+    initialise = DistillationTrainer.__init__
+
+    def interrupted(self: DistillationTrainer, **options: object) -> None:
+        initialise(self, **options)  # type: ignore[arg-type]
+        self.add_callback(StopAtTwo())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "__init__", interrupted)
+        code, _, err = command(*arguments)
+    assert code == 130
+    assert "interrupted; --resume_from_checkpoint auto continues after" in err
+
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert "out holds an unfinished run (checkpoint-1): add --resume_from_checkpoint auto" in err
+
+    code, _, err = command(*arguments, "--resume_from_checkpoint", "auto", "--student_num_layers", "3")
+    assert code == 2
+    assert "holds a student with num_hidden_layers 2, the arguments ask for 3" in err
+
+    code, out, _ = command(*arguments, "--resume_from_checkpoint", "auto")
+    assert code == 0
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert (metrics["steps"], metrics["steps_before_resuming"]) == (4, 1)
+    assert "4 steps of 4 sequences" in out
+    assert "the last 3" in out
+    assert "out, continued after step 1" in out
+
+    code, _, err = command(*arguments, "--resume_from_checkpoint", "auto")
+    assert code == 1
+    assert "out holds a finished run (see out/report.md)" in err
+
+
+def test_a_resumed_run_reports_the_untrained_losses_of_its_first_start(
+    command: CommandLine, teacher: str, data: str
+) -> None:
+    arguments = ["--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, "--save_steps", "4"]
+    command(*arguments)
+    first = json.loads(Path("out/metrics.json").read_text())
+    Path("out/metrics.json").unlink()  # as if it had been killed while measuring speeds, after its last step
+    assert command(*arguments, "--resume_from_checkpoint", "auto")[0] == 0
+    second = json.loads(Path("out/metrics.json").read_text())
+    for relation, ends in first["heldout"].items():
+        assert second["heldout"][relation] == pytest.approx(ends, rel=1e-6)
+
+
+def test_a_folder_that_holds_a_model_is_left_alone(command: CommandLine, teacher: str, data: str) -> None:
+    before = Path(teacher, "model.safetensors").read_bytes()
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", teacher, *SMALL)
+    assert code == 1
+    assert "holds a model already: choose another --output_dir" in err
+    assert Path(teacher, "model.safetensors").read_bytes() == before
+
+
+def test_mistakes_are_one_line_and_exit_code_2(command: CommandLine, teacher: str, data: str) -> None:
+    rest = ["--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL]
+
+    Path("a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+
+    def fails(message: str, *argv: str) -> None:
+        code, _, err = command(*argv)
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1
+        assert not Path("out").exists()
+
+    fails("unknown argument --teachr, did you mean --teacher?", "--teachr", teacher)
+    fails("unknown argument --teach,", "--teach", teacher)  # no abbreviations
+    fails("argument --objective: invalid choice: 'minilm-v3' (choose from", *rest, "--objective", "minilm-v3")
+    fails("invalid int value: 'many'", *rest, "--max_steps", "many")
+    fails("logging_steps", *rest, "--logging_steps", "0")
+    fails("--data is given without --teacher", "--data", data)
+    fails("--teacher is given without --data", "--teacher", teacher)
+    fails("--output_dir is missing", "--teacher", teacher, "--data", data)
+    fails("the student's size is missing", "--teacher", teacher, "--data", data, "--output_dir", "out")
+
+    fails("cannot load the teacher 'no/such', which is no folder here, from the hub", *rest, "--teacher", "no/such")
+    fails("there is no file or folder 'missing.txt'", *rest, "--data", "missing.txt")
+    fails(
+        "has no column 'body'; choose with --text_column from ['text']",
+        *rest,
+        "--data",
+        "a.jsonl",
+        "--text_column",
+        "body",
+    )
+    fails("layer 9 does not exist: layers are 1 to 4", *rest, "--teacher_layer", "9")
+    fails("max_length 65 is more than the teacher's 64 positions", *rest, "--max_length", "65")
+    fails("max_length 2 leaves no room beside the tokenizer's 2 special tokens", *rest, "--max_length", "2")
+    fails("unknown relation 'qz'", *rest, "--relations", "qz")
+    fails("relation 'qk' stands twice", *rest, "--relations", "qk,qk")
+    fails("the weight 'x' of relation 'qk'", *rest, "--relations", "qk:x")
+    fails("relation_heads=5 does not divide", *rest, "--relation_heads", "5")
+    fails("heads", *rest, "--student_num_heads", "2")
+    fails("hidden_size 30 is not divisible by num_heads 4", *rest, "--student_hidden_size", "30")
+    fails("is no complete checkpoint", *rest, "--resume_from_checkpoint", "nowhere")
+
+
+def test_a_teacher_without_all_its_weights_or_tokens_is_refused(
+    command: CommandLine, tmp_path: Path, data: str
+) -> None:
+    deep = Path(save_teacher(tmp_path / "deep"))
+    config = json.loads((deep / "config.json").read_text())
+    (deep / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    code, _, err = command("--teacher", str(deep), "--data", data, "--output_dir", "out", *SMALL)
+    assert code == 2
+    assert "lack 16 of its tensors, encoder.layer.4." in err
+
+    few = str(save_teacher(tmp_path / "few", vocab_size=50))
+    code, _, err = command("--teacher", few, "--data", data, "--output_dir", "out", *SMALL)
+    assert code == 2
+    assert "has 57 tokens, the model embeds 50" in err
+
+
+def test_roberta_takes_as_many_tokens_as_its_positions_leave(command: CommandLine, tmp_path: Path, data: str) -> None:
+    teacher = str(save_teacher(tmp_path / "roberta", "roberta"))
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, "--max_length", "64")
+    assert code == 2
+    assert "max_length 64 is more than the teacher's 63 positions" in err
+
+
+def test_help_names_the_own_flags_first_and_all_of_the_trainers(command: CommandLine) -> None:
+    code, out, _ = command("--help")
+    assert code == 0
+    headings = ["teacher and student:", "data:", "objective:", "training (transformers.TrainingArguments):"]
+    places = [out.index(heading) for heading in headings]
+    assert places == sorted(places)
+    assert out.index("--teacher ") < out.index("--learning_rate")
+    for name in TrainingArguments.__dataclass_fields__:
+        if TrainingArguments.__dataclass_fields__[name].init:
+            assert f"--{name}" in out
+    assert "(default: None)" not in out
+
+
+def test_the_module_is_light_and_missing_packages_are_one_line(tmp_path: Path) -> None:
+    """In a process of its own, where transformers is not importable."""
+    script = (
+        "import sys\n"
+        "from importlib import util\n"
+        "import minilm.cli\n"
+        "assert not {'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "found = util.find_spec\n"
+        "minilm.cli.find_spec = lambda name: None if name == 'datasets' else found(name)\n"
+        "sys.exit(minilm.cli.main([]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "minilm-train: error: datasets not installed: pip install 'fused-minilm[train]'\n"
+
+
+def test_the_seed_makes_the_student(command: CommandLine, teacher: str, data: str) -> None:
+    random = ["--student_init", "random", "--learning_rate", "0", "--max_steps", "1"]
+    for output, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        command("--teacher", teacher, "--data", data, "--output_dir", output, *SMALL, *random, "--seed", seed)
+    a, b, c = (Path(output, "model.safetensors").read_bytes() for output in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_the_newest_complete_checkpoint_is_the_one_to_continue_from(tmp_path: Path) -> None:
+    assert starting_point(tmp_path / "new", "auto") is None
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step != 11:  # killed while it was written: the Trainer's state comes last
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert starting_point(tmp_path, "auto") == tmp_path / "checkpoint-10"
+    assert starting_point(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+
+
+def test_auto_starts_from_the_teachers_layers(command: CommandLine, teacher: str, data: str) -> None:
+    command("--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, "--learning_rate", "0")
+    student, original = AutoModel.from_pretrained("out"), AutoModel.from_pretrained(teacher)
+    for ours, theirs in ((0, 1), (1, 3)):
+        name = "attention.self.query.weight"
+        copied = student.encoder.layer[ours].get_parameter(name)
+        torch.testing.assert_close(copied, original.encoder.layer[theirs].get_parameter(name), rtol=0, atol=0)
+    assert AutoConfig.from_pretrained("out").num_hidden_layers == 2

@@ -1,0 +1,118 @@
+"""Reading text: every kind of source, blank and missing texts, the held-out part, tokenising, and each clear error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tiny_text import tiny_tokenizer
+
+from minilm.data import load_texts, split_heldout, tokenize
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from or left in the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(*sources: Path | str, **options: Any) -> list[str]:
+    texts = load_texts([str(source) for source in sources], **options)
+    assert texts.column_names == ["text"]
+    return list(texts["text"])
+
+
+def test_a_line_of_a_txt_file_is_a_text_and_blank_ones_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one\n\n   \ntwo words\nthree", encoding="utf-8")
+    assert read(file) == ["one", "two words", "three"]
+
+
+def test_jsonl_and_parquet_give_their_text_column(tmp_path: Path) -> None:
+    rows = [{"id": 1, "body": "one"}, {"id": 2, "body": None}, {"id": 3, "body": "two"}]
+    jsonl = write_jsonl(tmp_path / "a.jsonl", rows)
+    parquet = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(str(parquet))
+    assert read(jsonl, text_column="body") == read(parquet, text_column="body") == ["one", "two"]
+
+
+def test_a_folder_is_read_whole_and_other_files_in_it_are_ignored(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\n", encoding="utf-8")
+    (folder / "b.txt").write_text("two\n", encoding="utf-8")
+    (folder / "README.md").write_text("not a text\n", encoding="utf-8")
+    assert sorted(read(folder)) == ["one", "two"]
+
+
+def test_of_a_folder_named_by_split_only_train_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", [{"text": split}])
+    assert read(folder) == ["train"]
+
+
+def test_several_sources_follow_each_other(tmp_path: Path) -> None:
+    lines = tmp_path / "a.txt"
+    lines.write_text("one\n", encoding="utf-8")
+    rows = write_jsonl(tmp_path / "b.jsonl", [{"body": "two"}])
+    assert read(lines, rows, text_column="body") == ["one", "two"]
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    def fails(match: str, *sources: Path | str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            read(*sources, **options)
+
+    rows = write_jsonl(tmp_path / "a.jsonl", [{"body": "one", "id": 1}])
+    fails(r"has no column 'text'; choose with --text_column from \['body', 'id'\]", rows)
+    fails(r"the column 'id' of .* holds Value\('int64'\), not text", rows, text_column="id")
+    fails(r"there is no file or folder '.*missing\.txt'", tmp_path / "missing.txt")
+    fails(r"there is no file or folder '\./missing'", "./missing")
+    fails("cannot load the data 'no/such-name', which is no file or folder here, from the hub", "no/such-name")
+
+    (tmp_path / "empty.txt").touch()
+    fails("'.*empty.txt' holds no text: the file is empty", tmp_path / "empty.txt")
+    (tmp_path / "blank.txt").write_text("\n \n", encoding="utf-8")
+    fails("'.*blank.txt' holds no text: all 2 rows of its column 'text' are empty", tmp_path / "blank.txt")
+    (tmp_path / "a.csv").write_text("a,b\n", encoding="utf-8")
+    fails(r"its suffix '\.csv' is none of \.txt, \.jsonl, \.parquet", tmp_path / "a.csv")
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"', encoding="utf-8")
+    fails("cannot load the data '.*broken.jsonl': JSON", tmp_path / "broken.jsonl")
+
+    fails(r"must hold one kind .*; it holds \.jsonl and \.txt", tmp_path)
+    (tmp_path / "nothing").mkdir()
+    fails(r"must hold one kind .*; it holds none", tmp_path / "nothing")
+
+
+def test_the_heldout_part_is_the_same_in_every_run_and_apart_from_training() -> None:
+    texts = datasets.Dataset.from_dict({"text": [f"text {index}" for index in range(100)]})
+    train, heldout = split_heldout(texts)
+    again = split_heldout(datasets.Dataset.from_dict({"text": list(texts["text"])}))[1]
+    assert (len(train), len(heldout)) == (95, 5)
+    assert list(heldout["text"]) == list(again["text"])
+    assert set(train["text"]) | set(heldout["text"]) == set(texts["text"])
+
+
+def test_the_heldout_part_has_bounds() -> None:
+    many = datasets.Dataset.from_dict({"text": ["text"] * 20_000})
+    assert len(split_heldout(many)[1]) == 512
+    assert [len(part) for part in split_heldout(many.select(range(2)))] == [1, 1]
+    with pytest.raises(ValueError, match="hold 1 text; at least 2 are needed"):
+        split_heldout(many.select(range(1)))
+
+
+def test_tokenize_truncates_and_leaves_only_the_inputs_of_a_model() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = datasets.Dataset.from_dict({"text": ["ab", "a long one"]})
+    rows = tokenize(texts, tokenizer, 6)
+    assert set(rows.column_names) == {"input_ids", "attention_mask"}
+    assert list(rows["input_ids"]) == [tokenizer("ab")["input_ids"], [*tokenizer("a lon")["input_ids"][:5], 3]]
