@@ -23,7 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 import minilm_kernels._triton as kernels
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import lse_parts, resident_tokens
+from minilm_kernels._triton._plan import lse_parts, resident_tokens, tiles
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)},
@@ -103,14 +103,15 @@ def launch(variant: Variant, architecture: int) -> Launch:
     lse = numbers(lse_parts(relations), *relations.shape)
     dx, dy = [torch.empty_like(x) for x in relations.x_s], [torch.empty_like(y) for y in relations.y_s]
     value, grad = numbers(1), numbers()
+    pinned = tiles(variant.kernel, relations, architecture)
     if variant.kernel == "forward":
-        return kernels.row_launch(relations, value, lse, lse, [], architecture)
+        return kernels.row_launch(relations, value, lse, lse, [], pinned)
     if variant.kernel == "rows":
-        return kernels.row_launch(relations, value, lse, lse, dx, architecture)
+        return kernels.row_launch(relations, value, lse, lse, dx, pinned)
     if variant.kernel == "keys":
-        return kernels.key_launch(relations, lse, lse, grad, [1.0], dx, dy, architecture)
+        return kernels.key_launch(relations, lse, lse, grad, [1.0], dx, dy, pinned)
     if variant.kernel == "self":
-        return kernels.self_launch(relations, lse, lse, grad, [1.0], dx, architecture)
+        return kernels.self_launch(relations, lse, lse, grad, [1.0], dx, pinned)
     return kernels.resident_launch(relations, value, dx, dy)
 
 

@@ -3,6 +3,8 @@
 G relations, B batch, R relation heads, N tokens.
 """
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
@@ -10,17 +12,11 @@ from torch import Tensor
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._keys import key_sweep
 from minilm_kernels._triton._launch import Launch, group, lse_argument, row_weights
-from minilm_kernels._triton._plan import (
-    architecture,
-    dimensions,
-    lse_parts,
-    padded,
-    structure,
-    tiles,
-)
+from minilm_kernels._triton._plan import Tiles, dimensions, lse_parts, padded, structure
 from minilm_kernels._triton._resident import resident, scale_in_place
 from minilm_kernels._triton._rows import row_sweep
 from minilm_kernels._triton._self import self_sweep
+from minilm_kernels._triton._tune import planned
 
 LOG2_E = 1.4426950408889634
 Outputs = tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]
@@ -44,12 +40,11 @@ def forward(relations: Relations, needs_gradient: bool) -> Outputs:
     if structure(relations) == "resident":
         launch = resident_launch(relations, value, dx, dy)
     else:
-        launch = row_launch(relations, value, lse_t, lse_s, dx, architecture(value.device))
-    if relations.sums:
-        launch.arguments["value"] = partial = value.new_empty(launch.programs)
+        build = partial(row_launch, relations, value, lse_t, lse_s, dx)
+        launch = planned("rows" if dx else "forward", relations, build)
     launch.run(value.device)
     if relations.sums:
-        torch.sum(partial.view(len(value), -1), 1, out=value)
+        torch.sum(launch.arguments["value"].view(len(value), -1), 1, out=value)
     return outputs
 
 
@@ -67,9 +62,11 @@ def backward(
     if kind == "resident":
         launches = [scale_launch(relations, grad, relation_weights, gradients) for gradients in (dx, dy) if gradients]
     elif kind == "self":
-        launches = [self_launch(relations, lse_t, lse_s, grad, relation_weights, dx, architecture(grad.device))]
+        build = partial(self_launch, relations, lse_t, lse_s, grad, relation_weights, dx)
+        launches = [planned("self", relations, build)]
     else:
-        launches = [key_launch(relations, lse_t, lse_s, grad, relation_weights, dx, dy, architecture(grad.device))]
+        build = partial(key_launch, relations, lse_t, lse_s, grad, relation_weights, dx, dy)
+        launches = [planned("keys", relations, build)]
     for launch in launches:
         launch.run(grad.device)
 
@@ -91,15 +88,16 @@ def _shared(relations: Relations) -> dict[str, object]:
 
 
 def row_launch(
-    relations: Relations, value: Tensor, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], chip: int
+    relations: Relations, value: Tensor, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], shape: Tiles
 ) -> Launch:
     count, batch, heads, length = relations.shape
-    block_m, block_n, num_warps, num_stages = tiles("rows" if dx else "forward", relations, chip)
+    block_m, block_n, num_warps, num_stages = shape
+    programs = triton.cdiv(length, block_m) * heads * batch * count
     arguments = _shared(relations) | {
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
         "holes": relations.holes,
-        "value": value,
+        "value": value.new_empty(programs) if relations.sums else value,
         "lse_t": lse_argument(lse_t),
         "lse_s": lse_argument(lse_s),
         "dx": group(dx),
@@ -110,7 +108,6 @@ def row_launch(
         "FILLED": length >= block_n,
         "TAIL": max(16, block_n // 2),
     }
-    programs = triton.cdiv(length, block_m) * heads * batch * count
     return Launch(row_sweep, programs, arguments, num_warps, num_stages)
 
 
@@ -122,10 +119,10 @@ def key_launch(
     relation_weights: list[float],
     dx: list[Tensor],
     dy: list[Tensor],
-    chip: int,
+    shape: Tiles,
 ) -> Launch:
     count, batch, heads, length = relations.shape
-    block_m, block_n, num_warps, num_stages = tiles("keys", relations, chip)
+    block_m, block_n, num_warps, num_stages = shape
     unit = None
     if not relations.sums:
         unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
@@ -159,10 +156,10 @@ def self_launch(
     grad: Tensor,
     relation_weights: list[float],
     dx: list[Tensor],
-    chip: int,
+    shape: Tiles,
 ) -> Launch:
     count, batch, heads, length = relations.shape
-    block_m, block_n, num_warps, num_stages = tiles("self", relations, chip)
+    block_m, block_n, num_warps, num_stages = shape
     arguments = _shared(relations) | {
         "holes": relations.holes,
         "lse_t": lse_argument(lse_t),
@@ -181,18 +178,18 @@ def self_launch(
 
 def resident_launch(relations: Relations, value: Tensor, dx: list[Tensor], dy: list[Tensor]) -> Launch:
     count, batch, heads, length = relations.shape
-    block = padded(length)
+    block, programs = padded(length), heads * batch * count
     arguments = _shared(relations) | {
         "y_t": group(relations.y_t),
         "y_s": group(relations.y_s),
-        "value": value,
+        "value": value.new_empty(programs),
         "dx": group(dx),
         "dy": group(dy),
         "FOLD": relations.folds_weight,
         "WHOLE": length == block,
         "BLOCK": block,
     }
-    return Launch(resident, heads * batch * count, arguments, max(1, block // 16), 1)
+    return Launch(resident, programs, arguments, max(1, block // 16), 1)
 
 
 def scale_launch(relations: Relations, grad: Tensor, relation_weights: list[float], gradients: list[Tensor]) -> Launch:
