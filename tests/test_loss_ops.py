@@ -92,7 +92,7 @@ def test_compiles_without_a_graph_break(case: Case, implementation: str, device:
 
 
 def test_compiles_once_for_all_lengths(fused: str, device: str) -> None:
-    """Dynamic shapes: the second length runs in the first one's graph (short ones have another structure, and graph)."""
+    """Dynamic shapes: the second length runs in the first one's graph (short ones have another)."""
     function = compiled("aot_eager", dynamic=True)
     for n in (37, 45):
         case = Case(id=f"dynamic {n}", n=n, batch=2, student=(2, 2, 6), masks=("holes", "right"))
