@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from minilm import fused_minilm_loss
-from minilm_kernels._ops import named
+from minilm_kernels import _ops
 from minilm_kernels._relations import Relations
 
 B, R, N, D = 1, 2, 8, 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATION = "triton" if DEVICE == "cuda" else "chunked"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-FORWARD, BACKWARD = named(IMPLEMENTATION)
+FORWARD, BACKWARD = _ops.forward(IMPLEMENTATION), _ops.backward_(IMPLEMENTATION)
 
 Triple = tuple[Tensor, Tensor, Tensor]
 

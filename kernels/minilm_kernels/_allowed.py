@@ -21,6 +21,11 @@ class Pattern(NamedTuple):
     prefix_lengths: Tensor | None = None  # (B,), with causal
     cu_seqlens: Tensor | None = None  # (S + 1,), B = 1
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every row sees every key."""
+        return self.attention_mask is None and self.cu_seqlens is None and not self.causal
+
 
 class Allowed(NamedTuple):
     """The allowed keys as the implementations read them."""
@@ -29,8 +34,10 @@ class Allowed(NamedTuple):
     holes: Tensor | None  # (B,) int32: 1 where an interval also holds masked positions; None: nowhere
 
 
-def allowed_matrix(pattern: Pattern, batch: int, length: int, device: torch.device) -> Tensor:
-    """The definition itself, (B, N, N) bool: entry (i, j) tells whether row i may see key j."""
+def allowed_matrix(pattern: Pattern, batch: int, length: int, device: torch.device) -> Tensor | None:
+    """The definition itself, (B, N, N) bool: whether row i may see key j; None where every row sees every key."""
+    if pattern.is_full:
+        return None
     position = torch.arange(length, device=device)
     allowed = torch.ones((batch, length, length), dtype=torch.bool, device=device)
     if pattern.attention_mask is not None:
@@ -58,7 +65,7 @@ def allowed_keys(
     """
     if pattern.attention_mask is None and pattern.cu_seqlens is None:
         factor = 1.0 if reduction in ("sum", "none") else 1.0 / (batch * length)
-        if not pattern.causal:
+        if pattern.is_full:
             return Allowed(None, None), None, factor
     else:
         factor = 1.0

@@ -75,17 +75,8 @@ class _Relations(torch.autograd.Function):
         *tensors, lse_t, lse_s = ctx.saved_tensors
         student, teacher = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         relations = Relations(teacher[:count], teacher[count:], student[:count], student[count:], *constants)
-        if torch.compiler.is_compiling():
-            dx, dy = _ops.backward(implementation)(*relations, lse_t, lse_s, grad, relation_weights, *ctx.prepared)
-        else:
-            # In place, which a compiled graph must not do to what autograd keeps for a second backward.
-            if ctx.prepared is None:  # this is one: the first used them up
-                ctx.prepared = _ops.forward(implementation)(*relations, True)[3:]
-            dx, dy = ctx.prepared
-            ctx.prepared = None
-            dx = dx or [torch.empty_like(x) for x in relations.x_s]
-            dy = dy or [torch.empty_like(y) for y in relations.y_s]
-            _ops.backward_(implementation)(*relations, lse_t, lse_s, grad, relation_weights, dx, dy)
+        with torch.no_grad():  # create_graph=True turns gradients on in here
+            dx, dy = _gradients(ctx, relations, (lse_t, lse_s, grad, relation_weights), implementation)
         gradients = [*dx, *dy]
         if torch.is_grad_enabled():
             gradients = [
@@ -93,6 +84,23 @@ class _Relations(torch.autograd.Function):
                 for g, x in zip(gradients, student, strict=True)
             ]
         return *(None,) * 5, *gradients
+
+
+def _gradients(
+    ctx: Any, relations: Relations, saved: tuple[Any, ...], implementation: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    if torch.compiler.is_compiling():
+        made: tuple[list[Tensor], list[Tensor]] = _ops.backward(implementation)(*relations, *saved, *ctx.prepared)
+        return made
+    # In place, which a compiled graph must not do to what autograd keeps for a second backward.
+    if ctx.prepared is None:  # this is one: the first used them up
+        ctx.prepared = _ops.forward(implementation)(*relations, True)[3:]
+    dx, dy = ctx.prepared
+    ctx.prepared = None
+    dx = dx or [torch.empty_like(x) for x in relations.x_s]
+    dy = dy or [torch.empty_like(y) for y in relations.y_s]
+    _ops.backward_(implementation)(*relations, *saved, dx, dy)
+    return dx, dy
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -10,6 +10,7 @@ the gradients of unit weight are computed here in the forward, and the backward 
 B batch, R relation heads, N tokens, d dimension of a relation head, W width of the window of keys that a block may see.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -83,26 +84,56 @@ def _sweep(
     rows = x_s.new_zeros(x_s.shape[:3] if with_rows else (0,), dtype=relations.wide)
     sides = (x_s,) if relations.is_self else (x_s, y_s)
     gradients = tuple(torch.zeros_like(x, dtype=relations.wide) for x in sides) if with_gradients else ()
+    scratch = _Scratch(x_s, relations.wide)
     with torch.autocast(x_s.device.type, enabled=False):
         for batch, heads, row, key in _blocks(bounds, x_s):
             at_rows, at_keys = (batch, heads, row), (batch, heads, key)
             denied, is_row, is_key = _denied(bounds, holes, batch, row, key)
             x, y = _tokens(x_s[at_rows], is_row), _tokens(y_s[at_keys], is_key)
-            log_p, p = _softmax(_tokens(x_t[at_rows], is_row), _tokens(y_t[at_keys], is_key), relations.scale_t, denied)
-            log_q, q = _softmax(x, y, relations.scale_s, denied)
+            teacher = _tokens(x_t[at_rows], is_row), _tokens(y_t[at_keys], is_key)
+            log_p = _log_softmax(*teacher, relations.scale_t, denied, scratch)
+            log_q = _log_softmax(x, y, relations.scale_s, denied, scratch)
+            p = torch.exp(log_p, out=scratch.like(log_p))
             if with_rows:
                 difference = log_p.sub_(log_q)
                 if denied is not None:
                     difference.masked_fill_(denied, 0)
-                rows[at_rows] = _only(torch.linalg.vecdot(p, difference).unsqueeze(3), is_row).squeeze(3)
+                loss = difference.mul_(p).sum(3, keepdim=True)
+                rows[at_rows] = _only(loss, is_row).squeeze(3)
             if with_gradients:
-                g = q.sub_(p)
+                g = log_q.exp_().sub_(p)
                 if weight is not None:
                     g.mul_(weight[at_rows].unsqueeze(3))
                 g = _only(g, is_row)
                 gradients[0][at_rows] += (g @ y).mul_(relations.scale_s)
                 gradients[-1][at_keys] += (g.mT @ x).mul_(relations.scale_s)
+            scratch.reuse()
     return rows, gradients
+
+
+class _Scratch:
+    """Buffers of a block, kept for the next: fresh ones of a megabyte cost more in page faults than what fills them."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._new = like.new_empty(0, dtype=dtype)
+        self._free: list[Tensor] = []
+        self._used: list[Tensor] = []
+
+    def like(self, x: Tensor) -> Tensor:
+        return self(tuple(x.shape))
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape)
+        buffer = self._free.pop() if self._free else self._new
+        if buffer.numel() < size:
+            buffer = self._new.new_empty(size)
+        self._used.append(buffer)
+        return buffer[:size].view(shape)
+
+    def reuse(self) -> None:
+        """Everything handed out is free again."""
+        self._free += self._used
+        self._used = []
 
 
 def _blocks(bounds: Tensor | None, x: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
@@ -117,16 +148,20 @@ def _blocks(bounds: Tensor | None, x: Tensor) -> Iterator[tuple[slice, slice, sl
     batch_step = min(batch_size, max(1, BLOCK_ELEMENTS // (heads * rows * length))) if head_step == heads else 1
     for b in range(0, batch_size, batch_step):
         batch = slice(b, min(b + batch_step, batch_size))
-        for n in range(0, length, rows):
-            row, key = slice(n, min(n + rows, length)), slice(0, length)
-            if readable and bounds is not None:
-                first, end = bounds[0, batch, row], bounds[1, batch, row]
-                last = int(end.max())
-                if last == 0:
-                    continue
-                key = slice(int(torch.where(end > first, first, length).min()), last)
+        start, stop = (0, length) if not readable else _extent(bounds, batch, slice(0, length), 2)
+        for n in range(start, stop, rows):
+            row = slice(n, min(n + rows, stop))
+            key = slice(0, length) if not readable else slice(*_extent(bounds, batch, row, 0))
             for h in range(0, heads, head_step):
                 yield batch, slice(h, min(h + head_step, heads)), row, key
+
+
+def _extent(bounds: Tensor | None, batch: slice, tokens: slice, which: int) -> tuple[int, int]:
+    """First and end of what some of the tokens may see; which: 0 keys of rows, 2 rows of keys. (0, 0) if nothing."""
+    assert bounds is not None
+    first, end = bounds[which, batch, tokens], bounds[which + 1, batch, tokens]
+    stop = int(end.max())
+    return (int(torch.where(end > first, first, stop).min()), stop) if stop else (0, 0)
 
 
 def _denied(
@@ -139,6 +174,9 @@ def _denied(
     if bounds is None:
         return None, None, None
     first, end = bounds[0, batch, row], bounds[1, batch, row]
+    full = (first == key.start) & (end == key.stop) & ((holes is None) or (holes[batch, None] == 0))
+    if bounds.device.type == "cpu" and bool(full.all()):
+        return None, None, None
     is_row = (first < end)[:, None, :, None]
     is_key = (bounds[2, batch, key] < bounds[3, batch, key])[:, None, :, None]
     position = torch.arange(key.start, key.stop, device=bounds.device)
@@ -156,10 +194,10 @@ def _only(x: Tensor, token: Tensor | None) -> Tensor:
     return x if token is None else x.mul_(token)
 
 
-def _softmax(x: Tensor, y: Tensor, scale: float, denied: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log softmax and softmax of scale · x yᵀ over the allowed keys."""
-    scores = (x * scale) @ y.mT
+def _log_softmax(x: Tensor, y: Tensor, scale: float, denied: Tensor | None, scratch: _Scratch) -> Tensor:
+    """log softmax of scale · x yᵀ over the allowed keys, in scratch memory."""
+    scores = scratch((*x.shape[:3], y.shape[2]))
+    torch.bmm((x * scale).flatten(0, 1), y.flatten(0, 1).mT, out=scores.flatten(0, 1))
     if denied is not None:
         scores.masked_fill_(denied, -torch.inf)
-    log_p = torch.log_softmax(scores, dim=-1)
-    return log_p, torch.exp(log_p)
+    return torch.log_softmax(scores, dim=-1, out=scratch.like(scores))

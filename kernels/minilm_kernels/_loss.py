@@ -19,6 +19,7 @@ from minilm_kernels._relations import Relations
 
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
 Sides = tuple[Tensor, Tensor, Tensor, Tensor]  # x and y of the teacher, x and y of the student
+Group = tuple[list[str], Tensor, Tensor]  # names of relations, their weighted sum, their losses detached
 
 
 def fused_minilm_loss(
@@ -66,20 +67,17 @@ def fused_minilm_loss(
     >>> fused_minilm_loss((q, q, q), (q, 3 * q, q))
     tensor(0.1794)
     """
-    loss, _ = minilm_losses(
+    groups = _checked_losses(
         teacher,
         student,
         checks.relation_weights(relations),
         relation_heads,
-        attention_mask,
-        causal,
-        prefix_lengths,
-        cu_seqlens,
+        Pattern(attention_mask, causal, prefix_lengths, cu_seqlens),
         temperature,
         reduction,
         implementation,
     )
-    return loss
+    return _total(groups)
 
 
 def minilm_losses(
@@ -96,23 +94,40 @@ def minilm_losses(
     implementation: str | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`fused_minilm_loss`, and the loss of each relation by name, unweighted and detached."""
+    pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
+    groups = _checked_losses(
+        teacher, student, relation_weights, relation_heads, pattern, temperature, reduction, implementation
+    )
+    parts = {name: part for names, _, losses in groups for name, part in zip(names, losses.unbind(0), strict=True)}
+    return _total(groups), {name: parts[name] for name in relation_weights}
+
+
+def _total(groups: list[Group]) -> Tensor:
+    total = groups[0][1]
+    for _, loss, _ in groups[1:]:
+        total = total + loss
+    return total
+
+
+def _checked_losses(
+    teacher: Triple,
+    student: Triple,
+    relation_weights: Mapping[str, float],
+    relation_heads: int | None,
+    pattern: Pattern,
+    temperature: float,
+    reduction: str,
+    implementation: str | None,
+) -> list[Group]:
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     teacher_tensors = checks.check_triple("teacher", teacher, relation_weights)
     student_tensors = checks.check_triple("student", student, relation_weights)
     checks.check_same_place(teacher_tensors, student_tensors)
-    pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
     sides = {
         name: (teacher_tensors[name[0]], teacher_tensors[name[1]], student_tensors[name[0]], student_tensors[name[1]])
         for name in relation_weights
     }
-    total: Tensor | None = None
-    parts: dict[str, Tensor] = {}
-    groups = _losses(sides, relation_weights, relation_heads, pattern, temperature, reduction, implementation)
-    for names, loss, part in groups:
-        total = loss if total is None else total + loss
-        parts |= dict(zip(names, part.unbind(0), strict=True))
-    assert total is not None
-    return total, {name: parts[name] for name in relation_weights}
+    return _losses(sides, relation_weights, relation_heads, pattern, temperature, reduction, implementation)
 
 
 def relation_kl(
@@ -162,8 +177,8 @@ def _losses(
     temperature: float,
     reduction: str,
     implementation: str | None,
-) -> list[tuple[list[str], Tensor, Tensor]]:
-    """(names, weighted sum, detached losses) of each group of relations that one call of an op takes.
+) -> list[Group]:
+    """The relations in groups that one call of an op takes.
 
     Under reduction "none" there is one relation, and its rows (B, R, N) stand for the weighted sum.
     """

@@ -31,22 +31,27 @@ def reference_rows(
     """
     batch, _, length, _ = x_t.shape
     allowed = allowed_matrix(pattern, batch, length, x_t.device)
-    row = allowed.any(2)
-    key = allowed.any(1)
-    allowed = (allowed | ~row.unsqueeze(2)).unsqueeze(1)
-
-    def log_softmax(x: Tensor, y: Tensor, scale: float) -> Tensor:
-        x = torch.where(row[:, None, :, None], x, 0)
-        y = torch.where(key[:, None, :, None], y, 0)
-        scores = (x @ y.mT) * scale
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        return torch.log_softmax(scores.to(wide).masked_fill(~allowed, -torch.inf), dim=-1)
-
     with torch.autocast(x_s.device.type, enabled=False):
-        log_p = log_softmax(x_t.detach(), y_t.detach(), scale_t)
-        log_q = log_softmax(x_s, y_s, scale_s)
-    difference = torch.where(allowed, log_p.to(log_q.dtype) - log_q, 0)
-    return (log_p.exp().to(log_q.dtype) * difference).sum(-1) * row.unsqueeze(1)
+        if allowed is None:
+            log_q = _log_softmax((x_s @ y_s.mT) * scale_s)
+            log_p = _log_softmax((x_t.detach() @ y_t.detach().mT) * scale_t).to(log_q.dtype)
+            return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+        row, key = (seen.unsqueeze(1).unsqueeze(3) for seen in (allowed.any(2), allowed.any(1)))
+        allowed = allowed.unsqueeze(1) | ~row  # a row that is no token sees all, so that its softmax exists
+
+        def scores(x: Tensor, y: Tensor, scale: float) -> Tensor:
+            product = torch.where(row, x, 0) @ torch.where(key, y, 0).mT
+            return (product * scale).masked_fill(~allowed, -torch.inf)
+
+        log_q = _log_softmax(scores(x_s, y_s, scale_s))
+        log_p = _log_softmax(scores(x_t.detach(), y_t.detach(), scale_t)).to(log_q.dtype)
+        difference = torch.where(allowed, log_p - log_q, 0)
+        return (log_p.exp() * difference).sum(-1) * row.squeeze(3)
+
+
+def _log_softmax(scores: Tensor) -> Tensor:
+    return torch.log_softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def reference_losses(relations: Relations, pattern: Pattern, relation_weights: list[float]) -> tuple[Tensor, Tensor]:
