@@ -80,17 +80,17 @@ def _sweep(
     For a self relation there is one gradient, of both sides together. What is not asked for is empty.
     """
     x_t, x_s, y_t, y_s = relations.x_t[i], relations.x_s[i], relations.keys_t[i], relations.keys_s[i]
-    bounds, holes = relations.bounds, relations.holes
-    rows = x_s.new_zeros(x_s.shape[:3] if with_rows else (0,), dtype=relations.wide)
+    bounds, holes, wide = relations.bounds, relations.holes, relations.wide
+    rows = x_s.new_zeros(x_s.shape[:3] if with_rows else (0,), dtype=wide)
     sides = (x_s,) if relations.is_self else (x_s, y_s)
-    gradients = tuple(torch.zeros_like(x, dtype=relations.wide) for x in sides) if with_gradients else ()
-    scratch = _Scratch(x_s, relations.wide)
+    gradients = tuple(torch.zeros_like(x, dtype=wide) for x in sides) if with_gradients else ()
+    scratch = _Scratch(x_s, wide)
     with torch.autocast(x_s.device.type, enabled=False):
         for batch, heads, row, key in _blocks(bounds, x_s):
             at_rows, at_keys = (batch, heads, row), (batch, heads, key)
             denied, is_row, is_key = _denied(bounds, holes, batch, row, key)
-            x, y = _tokens(x_s[at_rows], is_row), _tokens(y_s[at_keys], is_key)
-            teacher = _tokens(x_t[at_rows], is_row), _tokens(y_t[at_keys], is_key)
+            x, y = _tokens(x_s[at_rows], is_row, wide), _tokens(y_s[at_keys], is_key, wide)
+            teacher = _tokens(x_t[at_rows], is_row, wide), _tokens(y_t[at_keys], is_key, wide)
             log_p = _log_softmax(*teacher, relations.scale_t, denied, scratch)
             log_q = _log_softmax(x, y, relations.scale_s, denied, scratch)
             p = torch.exp(log_p, out=scratch.like(log_p))
@@ -184,9 +184,9 @@ def _denied(
     return (~inside).logical_and_(is_row), is_row, is_key
 
 
-def _tokens(x: Tensor, token: Tensor | None) -> Tensor:
-    """In float32 or wider, zeros where there is no token, whatever stands there."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+def _tokens(x: Tensor, token: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, zeros where there is no token, whatever stands there."""
+    x = x.to(dtype)
     return x if token is None else torch.where(token, x, 0)
 
 
