@@ -1,6 +1,6 @@
 """What the compiler made of every kernel, for GPUs that need not be there: registers, spills, instructions per element.
 
-    python bench/static_report.py [--out bench/results]
+    python bench/static_report.py [--target sm_90 ...] [--dtype bfloat16 ...] [--out bench/results]
 
 Compiles the kernels with their pinned tiles for sm_80, sm_89, sm_90, sm_100 and gfx942, and reads registers, spills and
 the main loop from the machine code (NVIDIA only; an element is one pair of tokens of one head). Main loops with neither
@@ -10,7 +10,7 @@ bounds nor tails are counted. Writes static_report.csv; nothing here is a time.
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DIMENSIONS = ((16, 8), (64, 32), (64, 64), (128, 128))  # of teacher and student
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BATCH, HEADS, LENGTH = 32, 12, 512
 
 
@@ -62,8 +62,8 @@ class Row(NamedTuple):
     exponentials: float | None
 
 
-def variants() -> Iterator[Variant]:
-    for dtype in DTYPES:
+def variants(dtypes: Sequence[torch.dtype]) -> Iterator[Variant]:
+    for dtype in dtypes:
         for d_t, d_s in DIMENSIONS:
             for kernel in ("forward", "rows", "keys", "self", "resident"):
                 if kernel == "resident" and d_t > 64:
@@ -172,10 +172,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     arguments = parser.parse_args(argv)
     rows = []
     for name in arguments.target:
-        for variant in variants():
+        for variant in variants([DTYPES[dtype] for dtype in arguments.dtype]):
             rows.append(measure(name, variant))
             print(*("-" if cell is None else cell for cell in rows[-1]), sep="  ", flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -189,7 +189,8 @@ def resident_launch(relations: Relations, value: Tensor, dx: list[Tensor], dy: l
         "WHOLE": length == block,
         "BLOCK": block,
     }
-    return Launch(resident, programs, arguments, max(1, block // 16), 1)
+    size = max(relations.x_t[0].element_size(), relations.x_s[0].element_size())
+    return Launch(resident, programs, arguments, max(1, block // (8 if size > 2 else 16)), 1)
 
 
 def scale_launch(relations: Relations, grad: Tensor, relation_weights: list[float], gradients: list[Tensor]) -> Launch:

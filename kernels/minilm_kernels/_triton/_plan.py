@@ -26,16 +26,20 @@ class Tiles(NamedTuple):
 # fewest instructions per element (bench/static_report.py); not yet by time.
 _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     80: {
-        "forward": {64: Tiles(64, 64, 4, 2)},
-        "rows": {64: Tiles(64, 64, 4, 2)},
-        "keys": {64: Tiles(64, 64, 4, 2)},
-        "self": {64: Tiles(64, 64, 4, 2)},
+        "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
+        "rows": {32: Tiles(64, 64, 4, 2), 64: Tiles(64, 32, 4, 2), 128: Tiles(32, 64, 4, 2)},
+        "keys": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
+        "self": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
     },
     90: {
         "forward": {64: Tiles(128, 128, 8, 2)},
-        "rows": {32: Tiles(128, 128, 8, 2), 64: Tiles(128, 64, 8, 2)},
+        "rows": {32: Tiles(128, 128, 8, 2), 64: Tiles(128, 64, 8, 2), 128: Tiles(64, 32, 4, 2)},
         "keys": {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 128, 8, 2)},
         "self": {32: Tiles(64, 128, 4, 2), 128: Tiles(128, 64, 8, 2)},
+    },
+    100: {
+        "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
+        "self": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2)},
     },
 }
 
@@ -77,8 +81,14 @@ def tiles(kernel: str, relations: Relations, architecture: int) -> Tiles:
         for dim, found in _TILES.get(architecture, {}).get(kernel, {}).items():
             if dim_s <= dim and dim_t <= max(dim, 64):
                 return found
-    width = max(dim_t, dim_s) * size
-    block = 64 if width <= 256 else 32 if width <= 512 else 16
+    dim = max(dim_t, dim_s)
+    if size > 2:  # true float32 multiplies without tensor cores, and its operands fill registers
+        if dim <= 16:
+            return Tiles(64, 32, 4, 2)
+        if dim <= (64 if kernel == "rows" else 128):
+            return Tiles(32, 32, 8, 2)
+        return Tiles(16, 32 if dim <= 128 else 16, 4, 2)
+    block = 64 if dim <= 128 else 32
     return Tiles(block, block, 4, 2)
 
 
