@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from minilm import recipes
 from minilm.demo import OUTPUT_DIR
 
 DESCRIPTION = """\
@@ -16,6 +17,7 @@ Distil a Transformer into a small one by its self-attention relations (MiniLM).
 
   minilm-train                                      a demonstration: a real teacher, real text, minutes on a CPU
   minilm-train --teacher bert-base-uncased --data my_texts/ --student_num_layers 6 --output_dir small-bert
+  minilm-train --recipe minilm-v2-l6-h384 --output_dir minilm-v2     the papers' settings; --list_recipes names all
 """
 
 # Where the papers' choices (MiniLM and MiniLMv2, section 4.1) differ from the Trainer's defaults.
@@ -27,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 32,
     "logging_steps": 50,
     "save_total_limit": 2,
+    "train_sampling_strategy": "group_by_length",
 }
 DEMO: dict[str, Any] = {
     "student_num_layers": 3,
@@ -74,18 +77,30 @@ class ModelArguments:
         default=None,
         metadata=_about("Feed-forward size (default: in the teacher's ratio to the hidden size).", "F"),
     )
-    student_init: Literal["auto", "random", "layers", "slice"] = field(
+    student_init: Literal["auto", "random", "layers", "slice", "pca"] = field(
         default="auto",
         metadata=_about(
             "Weights to start from. layers: the teacher's, evenly and the last layer included; slice: these, cut to "
-            "the student's sizes; random; auto: layers where the sizes match, else random."
+            "the student's sizes; pca: the teacher's embeddings on their leading principal components, the rest "
+            "random; random; auto: layers where the sizes match, else random."
         ),
+    )
+    assistant_num_layers: int | None = field(
+        default=None,
+        metadata=_about(
+            "Layers of a teacher assistant (MiniLM, section 3.4), which learns from the teacher first and teaches the "
+            "student then. It stays in OUTPUT_DIR/assistant.",
+            "M",
+        ),
+    )
+    assistant_hidden_size: int | None = field(
+        default=None, metadata=_about("Hidden size of the assistant (default: the teacher's).", "H")
     )
 
 
 @dataclass
 class DataArguments:
-    """Which text."""
+    """Which text, or which images."""
 
     _argument_group_name = "data"
 
@@ -93,14 +108,31 @@ class DataArguments:
         default=None,
         metadata=_about(
             "Text to distil on: .txt (a text a line), .jsonl or .parquet files, folders of one kind of them, or names "
-            "of data sets on the hub. One text in twenty, at most 512, is held out.",
+            "of data sets on the hub. For a vision teacher folders or .parquet files of images. One text in twenty, "
+            "at most 512, is held out.",
             "NAME|FILE|DIR",
         ),
+    )
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata=_about("How often each of the data is drawn from, relative to the others (default: as it is).", "W"),
     )
     data_config: str | None = field(
         default=None, metadata=_about("Configuration of the data sets from the hub.", "CONFIG")
     )
     text_column: str = field(default="text", metadata=_about("Column with the text; .txt files need none.", "COLUMN"))
+    image_column: str = field(default="image", metadata=_about("Column with the image.", "COLUMN"))
+    streaming: bool = field(
+        default=False,
+        metadata=_about("Read the data as they come, without indexing them first; needs --max_steps."),
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata=_about("With --streaming: texts that are shuffled among each other.", "TEXTS")
+    )
+    packing: bool = field(
+        default=False,
+        metadata=_about("Put several texts into a row of --max_length tokens; they do not see each other."),
+    )
     max_length: int | None = field(
         default=None,
         metadata=_about("Tokens at which a text is cut off (default: 512, or the teacher's positions if fewer).", "N"),
@@ -129,10 +161,37 @@ class ObjectiveArguments:
             "R",
         ),
     )
+    output_weight: float = field(
+        default=0.0,
+        metadata=_about(
+            "Weight of the output loss beside the relations: KL between the logits of masked-LM, causal-LM or "
+            "classification heads, which both models then have.",
+            "W",
+        ),
+    )
+    output_temperature: float = field(
+        default=1.0, metadata=_about("Divides the logits of both models in the output loss.", "T")
+    )
     relation_temperature: float = field(default=1.0, metadata=_about("Divides the scores of both models.", "T"))
     implementation: Literal["auto", "triton", "chunked", "reference"] = field(
         default="auto",
         metadata=_about("How the loss is computed; auto is triton on a CUDA device and chunked elsewhere."),
+    )
+
+
+@dataclass
+class RunArguments:
+    """How the run goes."""
+
+    _argument_group_name = "run"
+
+    recipe: str | None = field(
+        default=None, metadata=_about("Take the flags of a recipe or file; all others override them.", "NAME|FILE")
+    )
+    list_recipes: bool = field(default=False, metadata=_about("List the recipes and stop."))
+    dry_run: bool = field(
+        default=False,
+        metadata=_about("Build everything, take three steps, print parameters, memory and time, write nothing."),
     )
 
 
@@ -149,24 +208,33 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     objective: ObjectiveArguments
+    run: RunArguments
     training: TrainingArguments
     demo: bool  # neither --teacher nor --data: the embedded demonstration
+    is_assistants: bool = False  # a run of a teacher, an assistant and a student: either of its halves
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
     """Arguments of a run; a wrong flag or value ends the process with one line and exit code 2, as argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    groups: list[Any] = [ModelArguments, DataArguments, ObjectiveArguments, TrainerArguments]
+    groups: list[Any] = [ModelArguments, DataArguments, ObjectiveArguments, RunArguments, TrainerArguments]
     parser = _Parser(
         groups,
         prog="minilm-train",
-        usage="minilm-train [--teacher NAME|DIR --data NAME|FILE|DIR ... --output_dir DIR] [flags]",
+        usage="minilm-train [--recipe NAME] [--teacher NAME|DIR --data NAME|FILE|DIR ... --output_dir DIR] [flags]",
         description=DESCRIPTION,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(**DEFAULTS)
+    try:
+        argv = recipes.expand(argv)
+    except ValueError as error:
+        parser.error(str(error))
     given, _ = parser.parse_known_args(argv)
+    if given.list_recipes:
+        print(recipes.listing())
+        parser.exit()
     demo = given.teacher is None and given.data is None
     if demo:
         parser.set_defaults(**DEMO)
@@ -180,8 +248,8 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         parser.error(_unknown(unknown, parser))
     if not demo and (problem := _missing(given)):
         parser.error(problem)
-    model, data, objective, training = parsed
-    return Arguments(model, data, objective, training, demo)
+    model, data, objective, run, training = parsed
+    return Arguments(model, data, objective, run, training, demo)
 
 
 def _missing(given: Any) -> str | None:
@@ -195,6 +263,13 @@ def _missing(given: Any) -> str | None:
     sizes = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
     if all(getattr(given, f"student_{size}") is None for size in sizes):
         return "the student's size is missing: --student_num_layers, --student_hidden_size or both"
+    if given.streaming and not given.max_steps > 0:
+        return f"--streaming needs --max_steps, which is {given.max_steps}: a stream has no end"
+    if given.data_weights is not None and len(given.data_weights) != len(given.data):
+        return f"--data_weights has {len(given.data_weights)} numbers for {len(given.data)} --data"
+    for name in ("output_weight", "output_temperature", "relation_temperature"):
+        if getattr(given, name) < 0:
+            return f"--{name} is {getattr(given, name)}: it must not be negative"
     return None
 
 

@@ -5,40 +5,54 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 NEEDED = ("transformers", "datasets", "accelerate", "matplotlib")
+CONTINUE = "--resume_from_checkpoint auto continues from the last checkpoint"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's) and returns its exit code.
 
-    0: done. 1: it cannot be done here (a package that is not installed, an output folder with another run).
-    2: a wrong flag or value. 130: interrupted. Each but the first says why in one line.
+    0: done. 1: it cannot be done here (a package that is not installed, an output folder with another run, a full
+    disk). 2: a wrong flag or value. 130 and 143: stopped by Ctrl-C or SIGTERM. Each but the first says why in one line.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} not installed: pip install 'fused-minilm[train]'", 1)
     # Here and not above: they take seconds, and the line before must work without them.
     from minilm.arguments import parse
-    from minilm.distill import prepare, train
+    from minilm.checkpoints import CheckpointError
+    from minilm.distill import dry_run, prepare, train
     from minilm.report import overview
     from minilm.runs import OccupiedError
+    from minilm.stages import stages
 
     arguments = parse(argv)
     try:
-        run = prepare(arguments)
+        todo = stages(arguments)
+        if arguments.run.dry_run:
+            print(dry_run(*todo))
+            return 0
+        run = prepare(*todo)
     except (OccupiedError, ModuleNotFoundError, FileNotFoundError) as error:
         return _fail(str(error), 1)
     except ValueError as error:
         return _fail(str(error), 2)
-    if arguments.training.should_save:
-        if arguments.demo:
-            print("Neither --teacher nor --data: this is the demonstration. For your own, see minilm-train --help.\n")
-        print(overview(run.metrics), flush=True)
+    if arguments.demo and arguments.training.should_save:
+        print("Neither --teacher nor --data: this is the demonstration. For your own, see minilm-train --help.\n")
     try:
-        report = train(run)
+        for following in [*todo[1:], None]:
+            if arguments.training.should_save:
+                print(overview(run.metrics), flush=True)
+            report = train(run)
+            if signal := run.trainer.stopped_by:
+                return _fail(f"stopped by {signal.name} after a checkpoint was saved; {CONTINUE}", 128 + signal)
+            if report:
+                print(f"\n{report}")
+            if following:
+                run = prepare(following)
+    except CheckpointError as error:
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; --resume_from_checkpoint auto continues after the last checkpoint, if any", 130)
-    if report:
-        print(f"\n{report}")
+        return _fail(f"interrupted; {CONTINUE}, if there is one", 130)
     return 0
 
 

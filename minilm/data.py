@@ -1,9 +1,14 @@
 """Text from files, folders or the hub, as tokenised sequences and a held-out part.
 
 A row of the text column is one text: a line of a .txt file, a record of a .jsonl or .parquet file. Blank texts are
-dropped; a text longer than `max_length` tokens is truncated. Nothing is packed.
+dropped; a text longer than `max_length` tokens is truncated. What `datasets` has read and tokenised once it keeps in
+its cache, by file and settings; `minilm.streams` reads what is too large for that.
+
+Several sources follow each other, or are mixed by weights: each text is drawn from source i with probability
+w_i / sum(w), until every source was seen whole; smaller ones repeat.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,21 +32,69 @@ def load_texts(sources: Sequence[str], *, config: str | None = None, text_column
     Raises:
         ValueError: nothing there, another kind of file, no such column, or no text in it.
     """
-    parts = [_text_of(source, _rows(source, config), text_column) for source in sources]
+    parts = [_text_of(source, open_source(source, config), text_column) for source in sources]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def split_heldout(texts: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training, held-out): one text in twenty, at most 512, drawn the same way in every run whatever its seed.
+def load_splits(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    config: str | None = None,
+    text_column: str = "text",
+    weights: Sequence[float] | None = None,
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training, held-out) sequences of the sources, as `tokenize` gives them, the training ones mixed by the weights.
+
+    With weights the held-out part is taken from each source by its weight, before anything repeats: no held-out text is
+    trained on.
 
     Raises:
-        ValueError: fewer than two texts.
+        ValueError: as `load_texts`; a number of weights that is not that of the sources, or a weight that is not
+            positive; fewer than two texts.
     """
-    if len(texts) < 2:
-        raise ValueError(f"the data hold {len(texts)} text; at least 2 are needed, one to train on and one held out")
-    size = min(HELDOUT_MAX, max(1, int(HELDOUT_SHARE * len(texts))))
+    if weights is None:
+        texts = load_texts(sources, config=config, text_column=text_column)
+        train, heldout = (tokenize(part, tokenizer, max_length) for part in split_heldout(texts))
+        return train, heldout
+    shares = mixing_shares(sources, weights)
+    trains, heldouts = [], []
+    for source, share in zip(sources, shares, strict=True):
+        texts = load_texts([source], config=config, text_column=text_column)
+        train, heldout = split_heldout(texts, max(1, round(share * HELDOUT_MAX)))
+        trains.append(tokenize(train, tokenizer, max_length))
+        heldouts.append(tokenize(heldout, tokenizer, max_length))
+    mixed = datasets.interleave_datasets(trains, shares, seed=0, stopping_strategy="all_exhausted")
+    return mixed, datasets.concatenate_datasets(heldouts)
+
+
+def mixing_shares(sources: Sequence[str], weights: Sequence[float]) -> list[float]:
+    """The probability of each source. Raises `ValueError` as `load_splits` does for the weights."""
+    if len(weights) != len(sources):
+        raise ValueError(f"there are {len(weights)} weights for {len(sources)} sources of data")
+    for weight, source in zip(weights, sources, strict=True):
+        if not 0 < weight < math.inf:
+            raise ValueError(f"the weight of {source!r} must be a positive number, not {weight}")
+    return [weight / sum(weights) for weight in weights]
+
+
+def split_heldout(texts: datasets.Dataset, most: int = HELDOUT_MAX) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training, held-out): one row in twenty, at most `most`, drawn the same way in every run whatever its seed.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    size = heldout_size(len(texts), most)
     halves = texts.train_test_split(test_size=size, seed=0)
     return halves["train"], halves["test"]
+
+
+def heldout_size(count: int, most: int) -> int:
+    """How many of `count` texts are held out: one in twenty, at least one, at most `most`; `ValueError` below two."""
+    if count < 2:
+        raise ValueError(f"the data hold {count} text; at least 2 are needed, one to train on and one held out")
+    return min(most, max(1, int(HELDOUT_SHARE * count)))
 
 
 def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
@@ -53,14 +106,15 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     return texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
 
 
-def _rows(source: str, config: str | None) -> datasets.Dataset:
+def open_source(source: str, config: str | None, *, streaming: bool = False) -> Any:
+    """The rows of a source: a `datasets.Dataset`, or with `streaming` an `IterableDataset`. Errors as `load_texts`."""
     path = Path(source)
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise ValueError(f"cannot read {source!r}: its suffix {path.suffix!r} is none of {', '.join(BUILDERS)}")
         if not path.stat().st_size:
             raise ValueError(f"{source!r} holds no text: the file is empty")
-        return _train_split(source, BUILDERS[path.suffix], data_files=source)
+        return load_train_split(source, BUILDERS[path.suffix], data_files=source, streaming=streaming)
     if path.is_dir():
         kinds = sorted({file.suffix for file in path.rglob("*") if file.suffix in BUILDERS})
         if len(kinds) != 1:
@@ -68,13 +122,14 @@ def _rows(source: str, config: str | None) -> datasets.Dataset:
             raise ValueError(
                 f"the folder {source!r} must hold one kind of {', '.join(BUILDERS)} files; it holds {found}"
             )
-        return _train_split(source, source)
+        return load_train_split(source, source, streaming=streaming)
     if path.suffix in BUILDERS or path.is_absolute() or source.startswith("."):
         raise ValueError(f"there is no file or folder {source!r}")
-    return _train_split(source, source, name=config)
+    return load_train_split(source, source, name=config, streaming=streaming)
 
 
-def _train_split(source: str, builder: str, **options: str | None) -> datasets.Dataset:
+def load_train_split(source: str, builder: str, **options: Any) -> Any:
+    """`datasets.load_dataset` with its many errors as one `ValueError` sentence about the source."""
     try:
         return datasets.load_dataset(builder, split="train", **options)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:

@@ -2,27 +2,32 @@
 
 import itertools
 import json
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from minilm._capture import QKV, attention_qkv, num_layers
 from minilm.arguments import Arguments
-from minilm.data import load_texts, split_heldout, tokenize
-from minilm.demo import TEACHER_NAME, docstrings, teacher_folder
+from minilm.batches import check_packable
+from minilm.demo import TEACHER_NAME, teacher_folder
+from minilm.inputs import load_inputs
+from minilm.loss import MiniLMLoss
 from minilm.objectives import build_objective, is_causal, parse_relations
-from minilm.report import Metrics, write_report
-from minilm.runs import starting_point
+from minilm.outputs import check_output, has_vocabulary_head
+from minilm.rehearsal import rehearsal_arguments, rehearse
+from minilm.report import Metrics, overview, write_report
+from minilm.runs import check_same_run, starting_point
 from minilm.speed import measure_speed
-from minilm.students import build_student, count_parameters
-from minilm.teachers import load_teacher, resolve_length
+from minilm.streams import TextStream
+from minilm.students import build_student, count_parameters, probe_inputs
+from minilm.teachers import load_teacher
 from minilm.trainer import DistillationTrainer
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
@@ -37,97 +42,93 @@ class Run:
     metrics: Metrics  # what is known before training
 
 
-def prepare(arguments: Arguments) -> Run:
+def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     """Loads and builds all that a run needs, so that mistakes show before work starts.
+
+    Args:
+        following: the run after this one, whose teacher this one's student will be; its sizes are tried too.
 
     Raises:
         ValueError: one sentence on what the arguments ask for and cannot have.
         OccupiedError: the output folder holds another run.
         ModuleNotFoundError, FileNotFoundError: the demonstration's teacher or text is not installed.
     """
-    model, data, objective, training = arguments.model, arguments.data, arguments.objective, arguments.training
+    model, objective, training = arguments.model, arguments.objective, arguments.training
     output = Path(str(training.output_dir))
     checkpoint = starting_point(output, training.resume_from_checkpoint)
-    relations = parse_relations(objective.relations) if objective.relations else None
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
-    teacher, tokenizer = load_teacher(str(teacher_folder() if arguments.demo else model.teacher))
-    max_length = resolve_length(teacher, tokenizer, data.max_length)
-    student = build_student(
-        teacher,
-        num_layers=model.student_num_layers,
-        hidden_size=model.student_hidden_size,
-        num_heads=model.student_num_heads,
-        intermediate_size=model.student_intermediate_size,
-        init=model.student_init,
-        seed=training.seed,
-    )
-    if checkpoint:
-        _check_same_student(student, checkpoint)
-
-    criterion = build_objective(
-        objective.objective,
-        *_probe(teacher, student, tokenizer, model.teacher_layer, training.device),
-        relations=relations,
-        relation_heads=objective.relation_heads,
-        temperature=objective.relation_temperature,
-        causal=is_causal(teacher),
-        implementation=None if objective.implementation == "auto" else objective.implementation,
-    )
-
+    with_output = objective.output_weight > 0
+    name = str(teacher_folder() if arguments.demo else model.teacher)
+    teacher, processor = load_teacher(name, head=with_output)
+    student, criterion = _student_and_objective(arguments, teacher)
+    if following is not None:
+        _student_and_objective(following, student)
+    if arguments.data.packing:
+        check_packable(teacher)
+        check_packable(student)
+        if with_output and not has_vocabulary_head(teacher):
+            raise ValueError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
     with training.main_process_first(desc="reading the data"):
-        if arguments.demo:
-            texts = datasets.Dataset.from_dict({"text": docstrings()})
-        else:
-            assert data.data is not None
-            texts = load_texts(data.data, config=data.data_config, text_column=data.text_column)
-        train, heldout = (tokenize(part, tokenizer, max_length) for part in split_heldout(texts))
+        inputs = load_inputs(arguments, teacher, processor)
 
     training.eval_on_start = True  # the untrained student's losses, for the report
     training.dataloader_pin_memory &= training.device.type != "cpu"  # where it does nothing but warn
+    if teacher.main_input_name == "pixel_values":
+        training.remove_unused_columns = False  # pixels are made of the column "image" when it is read
+        training.train_sampling_strategy = "random"  # images have one size
+    if isinstance(inputs.train, TextStream):
+        training.ignore_data_skip = True  # the stream goes on by itself from where it was
     trainer = DistillationTrainer(
         teacher=teacher,
         student=student,
         criterion=criterion,
         args=training,
         teacher_layer=model.teacher_layer,
-        train_dataset=train,
-        eval_dataset=heldout,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        output_weight=objective.output_weight,
+        output_temperature=objective.output_temperature,
+        train_dataset=inputs.train,
+        eval_dataset=inputs.heldout,
+        processing_class=processor,
+        data_collator=inputs.collator,
     )
-    teacher_name = TEACHER_NAME if arguments.demo else model.teacher
     metrics = {
         "objective": objective.objective,
         "relations": criterion.relations,
         "relation_heads": criterion.relation_heads,
+        "output_weight": objective.output_weight,
+        "is_assistants": arguments.is_assistants,
+        "processor": "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
-        "teacher": {"name": teacher_name, **_sizes(teacher)},
+        "teacher": {"name": TEACHER_NAME if arguments.demo else model.teacher, **_sizes(teacher)},
         "student": {"name": training.output_dir, **_sizes(student)},
         "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
-        "data": {
-            "name": "the standard library's docstrings" if arguments.demo else ", ".join(data.data or []),
-            "train_sequences": len(train),
-            "heldout_sequences": len(heldout),
-            "max_length": max_length,
-            "sequences_per_step": training.train_batch_size
-            * training.gradient_accumulation_steps
-            * training.world_size,
+        "data": inputs.description
+        | {
+            "sequences_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         },
         "steps_before_resuming": _step(checkpoint) if checkpoint else 0,
         "device": torch.cuda.get_device_name(training.device)
         if training.device.type == "cuda"
         else training.device.type,
-        "arguments": asdict(model) | asdict(data) | asdict(objective) | training.to_dict(),  # type: ignore[no-untyped-call]
+        "arguments": _as_dict(arguments),
     }
+    trainer.run_identity = _identity(metrics)
+    if checkpoint:
+        check_same_run(checkpoint, trainer.run_identity)
     return Run(trainer, checkpoint, metrics)
 
 
 def train(run: Run) -> str | None:
-    """Trains, saves the student and writes the report; returns it on the process that wrote it, None on the others."""
+    """Trains, saves the student and writes the report; returns it on the process that wrote it, None on the others.
+
+    Stopped by a signal (`run.trainer.stopped_by`), it writes nothing but the checkpoint.
+    """
     trainer, args = run.trainer, run.trainer.args
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    if trainer.stopped_by is not None:
+        return None
     seconds = time.perf_counter() - start
     if args.load_best_model_at_end or _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
@@ -140,55 +141,103 @@ def train(run: Run) -> str | None:
         # As it was saved, which also shows that it loads; under FSDP the one in memory lies in pieces.
         student = AutoModel.from_pretrained(str(args.output_dir), dtype=trainer.teacher.dtype).to(args.device)
         metrics = run.metrics | {
-            "heldout": {
-                relation: {"start": first[f"eval_{relation}"], "end": last[f"eval_{relation}"]}
-                for relation in trainer.relations
-            },
+            "heldout": {part: {"start": first[f"eval_{part}"], "end": last[f"eval_{part}"]} for part in trainer.parts},
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "speeds": {
-                "teacher": measure_speed(trainer.teacher, batches, SPEED_SECONDS),
+                "teacher": measure_speed(trainer.teacher.base_model, batches, SPEED_SECONDS),
                 "student": measure_speed(student, batches, SPEED_SECONDS),
             },
+            "training": _pace(trainer),
             "speed_batch": args.per_device_eval_batch_size,
         }
         report = write_report(Path(str(args.output_dir)), metrics, trainer.state.log_history)
+        if args.push_to_hub:
+            trainer.push_to_hub()
     trainer.accelerator.end_training()
     return report
+
+
+def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
+    """Builds everything as `prepare` does, takes three steps in a folder that is removed, and tells what they cost."""
+    starting_point(Path(str(arguments.training.output_dir)), arguments.training.resume_from_checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        training = rehearsal_arguments(arguments.training, folder)
+        run = prepare(replace(arguments, training=training), following)
+        training.eval_on_start = False
+        run.metrics["student"]["name"] = arguments.training.output_dir
+        return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
+
+
+def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, MiniLMLoss]:
+    """The student as it starts, and the loss, tried once on both models."""
+    model, objective, training = arguments.model, arguments.objective, arguments.training
+    relations = parse_relations(objective.relations) if objective.relations else None
+    student = build_student(
+        teacher,
+        num_layers=model.student_num_layers,
+        hidden_size=model.student_hidden_size,
+        num_heads=model.student_num_heads,
+        intermediate_size=model.student_intermediate_size,
+        init=model.student_init,
+        seed=training.seed,
+        with_head=objective.output_weight > 0,
+    )
+    if objective.output_weight:
+        for with_head in (teacher, student):
+            check_output(with_head, probe_inputs(with_head))
+    criterion = build_objective(
+        objective.objective,
+        *_probe(teacher, student, model.teacher_layer, training.device),
+        relations=relations,
+        relation_heads=objective.relation_heads,
+        temperature=objective.relation_temperature,
+        causal=is_causal(teacher),
+        implementation=None if objective.implementation == "auto" else objective.implementation,
+    )
+    return student, criterion
+
+
+def _probe(
+    teacher: PreTrainedModel, student: PreTrainedModel, teacher_layer: int, device: torch.device
+) -> tuple[QKV, QKV]:
+    """q, k, v of both models for the shortest input: what shapes they have, and that capture sees them."""
+    with torch.no_grad():
+        teacher.to(device)  # type: ignore[arg-type]
+        student.to(device)  # type: ignore[arg-type]
+        return (
+            attention_qkv(teacher, probe_inputs(teacher), teacher_layer),
+            attention_qkv(student, probe_inputs(student)),
+        )
+
+
+def _identity(metrics: Metrics) -> dict[str, Any]:
+    """What a run cannot change when it is continued; where it runs and how long it goes on it can."""
+    arguments = metrics["arguments"]
+    sizes = {"student": {name: size for name, size in metrics["student"].items() if name != "name"}}
+    same = ("teacher", "objective", "relations", "relation_heads", "output_weight", "teacher_layer")
+    given = ("data", "data_weights", "streaming", "packing", "max_length", "seed")
+    return {name: metrics[name] for name in same} | sizes | {name: arguments[name] for name in given}
+
+
+def _as_dict(arguments: Arguments) -> dict[str, Any]:
+    own = asdict(arguments.model) | asdict(arguments.data) | asdict(arguments.objective)
+    return own | arguments.training.to_dict()  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _evaluations(trainer: DistillationTrainer) -> list[dict[str, Any]]:
     return [row for row in trainer.state.log_history if "eval_loss" in row]
 
 
-def _probe(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher_layer: int,
-    device: torch.device,
-) -> tuple[QKV, QKV]:
-    """q, k, v of both models for one short text: what shapes they have, and that capture sees them."""
-    text = tokenizer("MiniLM", return_tensors="pt")
-    inputs = {name: text[name].to(device) for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        return (
-            attention_qkv(teacher.to(device), inputs, teacher_layer),  # type: ignore[arg-type]
-            attention_qkv(student.to(device), inputs),  # type: ignore[arg-type]
-        )
+def _pace(trainer: DistillationTrainer) -> dict[str, float]:
+    """Means over the log; empty where nothing was logged."""
+    rows = [row for row in trainer.state.log_history if "loss_share" in row]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in ("tokens_per_second", "loss_share") if rows}
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:
     config = model.config
     return {"layers": num_layers(model), "hidden_size": config.hidden_size, "heads": config.num_attention_heads}
-
-
-def _check_same_student(student: PreTrainedModel, checkpoint: Path) -> None:
-    saved = type(student.config).from_pretrained(checkpoint)
-    for size in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-        have, want = getattr(saved, size), getattr(student.config, size)
-        if have != want:
-            raise ValueError(f"{checkpoint} holds a student with {size} {have}, the arguments ask for {want}")
 
 
 def _step(checkpoint: Path) -> int:

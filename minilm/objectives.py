@@ -38,7 +38,9 @@ def build_objective(
     Raises:
         ValueError: heads or widths that do not fit, an unknown relation, an implementation that cannot run there.
     """
-    if relation_heads is None and name == "minilm-v2":
+    if relation_heads is not None:
+        _check_relation_heads(relation_heads, teacher_qkv, student_qkv)
+    elif name == "minilm-v2":
         relation_heads = _default_relation_heads(teacher_qkv, student_qkv)
     criterion = MiniLMLoss(
         relations or RELATIONS[name], relation_heads, causal, temperature, implementation=implementation
@@ -72,13 +74,34 @@ def is_causal(model: nn.Module) -> bool:
 
 def _default_relation_heads(teacher_qkv: QKV, student_qkv: QKV) -> int:
     heads = teacher_qkv[0].shape[1]
-    widths = sorted({x.shape[1] * x.shape[3] for x in (*teacher_qkv, *student_qkv)})
+    widths = sorted(_widths(teacher_qkv) | _widths(student_qkv))
     common = math.gcd(*widths)
     for candidate in (4 * heads, heads):
         if common % candidate == 0:
             return candidate
-    divisors = [str(divisor) for divisor in range(1, min(common, 256) + 1) if common % divisor == 0]
     raise ValueError(
         f"neither {4 * heads} nor {heads} relation heads divide the widths {widths} of q, k and v; "
-        f"choose --relation_heads from {', '.join(divisors)}"
+        f"choose --relation_heads from {_divisors(common)}"
     )
+
+
+def _check_relation_heads(relation_heads: int, teacher_qkv: QKV, student_qkv: QKV) -> None:
+    teacher, student = _widths(teacher_qkv), _widths(student_qkv)
+    common = math.gcd(*teacher, *student)
+    if relation_heads < 1 or common % relation_heads:
+        raise ValueError(
+            f"{relation_heads} relation heads do not divide the teacher's width {_listed(teacher)} and the student's "
+            f"{_listed(student)}; choose --relation_heads from {_divisors(common)}"
+        )
+
+
+def _widths(qkv: QKV) -> set[int]:
+    return {x.shape[1] * x.shape[3] for x in qkv}
+
+
+def _listed(widths: set[int]) -> str:
+    return " and ".join(map(str, sorted(widths)))
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, min(number, 256) + 1) if number % divisor == 0)

@@ -49,10 +49,10 @@ def overview(metrics: Metrics) -> str:
             f"teacher    {metrics['teacher']['name']}: {size('teacher')}",
             f"student    {size('student')}",
             f"objective  {_objective(metrics)}",
-            f"data       {data['train_sequences']:,} sequences of {data['name']}, {data['heldout_sequences']:,} more "
-            f"held out, up to {data['max_length']} tokens",
+            f"data       {_data(data)}",
             f"device     {metrics['device']}",
             f"folder     {metrics['student']['name']}{f', continued after step {before}' if before else ''}",
+            *_hints(metrics),
             "",
         ]
     )
@@ -86,7 +86,7 @@ def report_markdown(folder: Path, metrics: Metrics) -> str:
             "",
             "![losses by step](curves.png)",
             "",
-            *_how_to_load(folder),
+            *_how_to_load(folder, metrics),
         ]
     )
 
@@ -110,7 +110,7 @@ def model_card(folder: Path, metrics: Metrics) -> str:
             "",
             f"Held-out loss by relation, from the untrained student to this one: {losses}.",
             "",
-            *_how_to_load(folder),
+            *_how_to_load(folder, metrics),
         ]
     )
 
@@ -133,35 +133,65 @@ def plot_curves(relations: list[str], history: History) -> Figure:
     return figure
 
 
+def _hints(metrics: Metrics) -> list[str]:
+    """MiniLM's own rule for a teacher assistant (section 3.4), where it applies and none is used."""
+    teacher, student = metrics["teacher"], metrics["student"]
+    small = 2 * student["layers"] <= teacher["layers"] and 2 * student["hidden_size"] <= teacher["hidden_size"]
+    if not small or metrics["is_assistants"]:
+        return []
+    return [
+        f"hint       at most half the teacher's layers and width: an assistant may help, --assistant_num_layers "
+        f"{teacher['layers']} --assistant_hidden_size {student['hidden_size']} (MiniLM, section 3.4)"
+    ]
+
+
 def _objective(metrics: Metrics) -> str:
-    weights = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in metrics["relations"].items())
+    weights = metrics["relations"] | ({"output": metrics["output_weight"]} if metrics["output_weight"] else {})
+    terms = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
     heads = f" over {metrics['relation_heads']} relation heads" if metrics["relation_heads"] else ""
-    return f"{metrics['objective']} ({weights}{heads}) on teacher layer {metrics['teacher_layer']}"
+    return f"{metrics['objective']} ({terms}{heads}) on teacher layer {metrics['teacher_layer']}"
 
 
 def _what_was_done(metrics: Metrics) -> str:
     data, before = metrics["data"], metrics["steps_before_resuming"]
     last = f", the last {metrics['steps'] - before}" if before else ""
+    unit = "packed rows" if data["packed"] else data["unit"]
     return (
-        f"Objective {_objective(metrics)}: {metrics['steps']} steps of {data['sequences_per_step']} sequences of up to "
-        f"{data['max_length']} tokens, from {data['train_sequences']:,} sequences of {data['name']} "
-        f"({data['heldout_sequences']:,} more held out){last} in {_duration(metrics['seconds'])} on "
-        f"{metrics['device']}."
+        f"Objective {_objective(metrics)}: {metrics['steps']} steps of {data['sequences_per_step']} {unit}{last} in "
+        f"{_duration(metrics['seconds'])} on {metrics['device']}{_pace(metrics)}; from {_data(data)}."
     )
 
 
-def _how_to_load(folder: Path) -> list[str]:
-    return [
-        "```python",
-        "from transformers import AutoModel, AutoTokenizer",
-        "",
-        f"student = AutoModel.from_pretrained({str(folder)!r})",
-        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})",
-        "```",
-        "",
+def _data(data: Metrics) -> str:
+    count = f"{data['train_sequences']:,} {data['unit']} of " if data["train_sequences"] else "a stream of "
+    length = f", up to {data['max_length']} tokens" if data["max_length"] else ""
+    return f"{count}{data['name']}, {data['heldout_sequences']:,} more held out{length}"
+
+
+def _pace(metrics: Metrics) -> str:
+    if not metrics["training"]:
+        return ""
+    pace, share = metrics["training"]["tokens_per_second"], metrics["training"]["loss_share"]
+    return f" at {_rate(pace)} tokens a second, {share:.1%} of the time in the relation loss"
+
+
+def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:
+    vision = metrics["processor"] == "image processor"
+    name, kind = ("processor", "AutoImageProcessor") if vision else ("tokenizer", "AutoTokenizer")
+    untrained = [
         "The relations end at the last layer's queries, keys and values. What is above them (that layer's attention",
         "output and feed-forward part) is as initialised, and learns when the student is fine-tuned on a task.",
         "",
+    ]
+    return [
+        "```python",
+        f"from transformers import AutoModel, {kind}",
+        "",
+        f"student = AutoModel.from_pretrained({str(folder)!r})",
+        f"{name} = {kind}.from_pretrained({str(folder)!r})",
+        "```",
+        "",
+        *([] if metrics["output_weight"] else untrained),
     ]
 
 

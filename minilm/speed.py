@@ -1,21 +1,22 @@
-"""How fast a model reads text, forward only, as it will be used after distillation."""
+"""How fast a model reads text or looks at images, forward only, as it will be used after distillation."""
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-Batch = Mapping[str, Tensor]
+from minilm.batches import Batch, count_sequences, count_tokens
 
 
 def measure_speed(model: nn.Module, batches: Sequence[Batch], seconds: float) -> dict[str, float]:
-    """{"sequences_per_second", "tokens_per_second"} of the whole model in eval mode, padding not counted as tokens.
+    """{"sequences_per_second", "tokens_per_second"} of the whole model in eval mode, padding not counted as tokens; of
+    images {"images_per_second"}.
 
     Args:
-        batches: the model's inputs on its device, each with an attention_mask (B, N); the first one warms up, then all
-            go round until the time is spent.
+        batches: the model's inputs on its device, texts with an attention_mask (B, N); the first one warms up, then
+            all go round until the time is spent.
         seconds: how long to measure; a batch that has begun is finished.
     """
     training = model.training
@@ -27,15 +28,17 @@ def measure_speed(model: nn.Module, batches: Sequence[Batch], seconds: float) ->
         for batch in itertools.cycle(batches):
             model(**batch)
             elapsed = _now(batch) - start
-            sequences += len(batch["attention_mask"])
-            tokens += int(batch["attention_mask"].sum())
+            sequences += int(count_sequences(batch))
+            tokens += int(count_tokens(batch))
             if elapsed >= seconds:
                 break
     model.train(training)
+    if not tokens:
+        return {"images_per_second": sequences / elapsed}
     return {"sequences_per_second": sequences / elapsed, "tokens_per_second": tokens / elapsed}
 
 
 def _now(batch: Batch) -> float:
-    if batch["attention_mask"].is_cuda:
+    if next(iter(batch.values())).is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from minilm._capture import attention_qkv, resolve_layer
 from minilm._capture import num_layers as layers_of
+from minilm.outputs import forward_with_output
 
-Init = Literal["auto", "random", "layers", "slice"]
+Init = Literal["auto", "random", "layers", "slice", "pca"]
 
 _FFN_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim")  # in no attribute_map of transformers
 _WIDTH_FOLLOWERS = ("embedding_size", "pooler_output_size")  # follow hidden_size where they were equal to it
@@ -33,9 +34,13 @@ def build_student(
     intermediate_size: int | None = None,
     init: Init = "auto",
     teacher_layers: Sequence[int] | None = None,
+    with_head: bool = False,
     seed: int | None = None,
 ) -> PreTrainedModel:
     """A float32 model on the CPU of the class that is the teacher's base: no head, loadable by `AutoModel`.
+
+    `with_head` makes it of the teacher's own class, with a head for the same vocabulary or labels, which starts as
+    the rest does.
 
     It has a pooler where the class has one by default, so that a checkpoint loads with nothing missing; relation
     training never trains it. Sizes left out are the teacher's, except `intermediate_size`, which then keeps the
@@ -47,12 +52,17 @@ def build_student(
     - "layers": copies the teacher, of its layers `teacher_layers` (from 1, bottom to top), by default evenly with the
       last included (2, 4, ..., 12 for 6 of 12).
     - "slice": as "layers", and of every parameter the first rows and columns, so the student may be narrower.
+    - "pca": of the embeddings (words, positions, token types) the projection on the leading principal components of
+      the teacher's word embeddings, the rest as "random". The components are those of the centred words; the tables
+      are multiplied by them as they are, so that their mean is projected too, not subtracted, and the sum of the tables
+      is the projection of the teacher's sum. Nothing is rescaled: inner products are the teacher's, less what lies
+      outside of the components. For narrower students; an equal width is a rotation.
     - "random": the class's own initialisation.
     - "auto": "layers" where layers, width, heads and FFN allow, else "random".
 
     With `seed` the same student comes out every time and the global generator is left as it was.
-    Raises `ValueError` for sizes that do not divide, for more layers than the teacher has to give, and for "slice" to a
-    wider student.
+    Raises `ValueError` for sizes that do not divide, for more layers than the teacher has to give, for "slice" and
+    "pca" to a wider student, for "pca" without word embeddings, and for `with_head` where the teacher has none.
     """
     if init not in get_args(Init):
         raise ValueError(f"init {init!r} is none of {', '.join(get_args(Init))}")
@@ -61,6 +71,8 @@ def build_student(
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}: it must be at least 1")
     base = cast(PreTrainedModel, teacher.base_model)
+    if with_head and teacher is base:
+        raise ValueError(f"the teacher is a {type(teacher).__name__}, which has no head for the student to have")
     layers = _choose_layers(base, num_layers, teacher_layers)
     config = _student_config(base.config, layers, hidden_size, num_heads, intermediate_size)
 
@@ -68,25 +80,35 @@ def build_student(
     enough_layers = len(layers) <= layers_of(base)
     if init == "auto":
         init = "layers" if available == wanted and enough_layers else "random"
-    if init == "random" and teacher_layers is not None:
-        raise ValueError(f"teacher_layers {list(teacher_layers)} is given, but the student starts from random weights")
-    if init != "random" and not enough_layers:
+    copies_layers = init in ("layers", "slice")
+    if teacher_layers is not None and not copies_layers:
+        raise ValueError(f"teacher_layers {list(teacher_layers)} is given, but the student's layers start random")
+    if copies_layers and not enough_layers:
         raise ValueError(f"init {init!r} takes {len(layers)} layers from a teacher that has {layers_of(base)}")
     for name in available:
         if init == "layers" and wanted[name] != available[name]:
             raise ValueError(f"init 'layers' copies {name} {available[name]}, the student's is {wanted[name]}")
         if init == "slice" and name != "num_heads" and wanted[name] > available[name]:
             raise ValueError(f"init 'slice' cannot widen {name} from {available[name]} to {wanted[name]}")
+    if init == "pca":
+        _check_projection(base, config)
 
+    source = teacher if with_head else base
     with torch.device("cpu"), _seeded(seed):
-        student = type(base)(config)
-    if init != "random":
-        _copy_weights(base, student, layers)
+        student = type(source)(config)
+    if copies_layers:
+        _copy_weights(source, student, layers)
+    elif init == "pca":
+        _project_embeddings(base, cast(PreTrainedModel, student.base_model))
     return student
 
 
-def freeze_unused(student: PreTrainedModel, relations: Iterable[str] = ("qk", "vv")) -> list[str]:
+def freeze_unused(
+    student: PreTrainedModel, relations: Iterable[str] = ("qk", "vv"), *, output: bool = False
+) -> list[str]:
     """Set `requires_grad=False` on what `relations` of the last layer never train; returns those parameters' names.
+
+    With `output` the student's head is trained as well, and only what neither reaches is frozen.
 
     That is the last layer after its projections (attention output, FFN, norms), a final norm, the pooler, and the value
     projection if no relation has a "v": the authors' design (microsoft/unilm#525). They stay as initialised, and DDP
@@ -97,8 +119,13 @@ def freeze_unused(student: PreTrainedModel, relations: Iterable[str] = ("qk", "v
     for module, _ in modes:
         module.training = False  # dropout would draw from the global generator
     with torch.enable_grad():
-        qkv = attention_qkv(student, _probe_inputs(student))
-        total = sum(tensor.float().sum() for name, tensor in zip("qkv", qkv, strict=True) if name in used)
+        heads: tuple[Tensor | None, ...] = ()
+        if output:
+            qkv, heads = forward_with_output(student, probe_inputs(student))
+        else:
+            qkv = attention_qkv(student, probe_inputs(student))
+        reached = [tensor for name, tensor in zip("qkv", qkv, strict=True) if name in used]
+        total = sum(tensor.float().sum() for tensor in (*reached, *heads) if tensor is not None)
     for module, mode in modes:
         module.training = mode
     trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -215,6 +242,25 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: li
             target.copy_(_cut(name, source, target.shape, have, want))
 
 
+def _check_projection(teacher: PreTrainedModel, config: Any) -> None:
+    words = teacher.get_input_embeddings()
+    if not isinstance(words, nn.Embedding):
+        raise ValueError(f"init 'pca' projects word embeddings, {type(teacher).__name__} has none")
+    wanted = getattr(config, "embedding_size", config.hidden_size)
+    if wanted > words.embedding_dim:
+        raise ValueError(f"init 'pca' cannot widen the embeddings from {words.embedding_dim} to {wanted}")
+
+
+@torch.no_grad()
+def _project_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    words, narrow = (cast(nn.Embedding, model.get_input_embeddings()) for model in (teacher, student))
+    centred = words.weight.double() - words.weight.double().mean(0)
+    components = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, : narrow.embedding_dim]
+    for name, table in teacher.named_modules():
+        if isinstance(table, nn.Embedding) and table.embedding_dim == words.embedding_dim:
+            student.get_parameter(f"{name}.weight").copy_(table.weight.double() @ components)
+
+
 def _teacher_name(student: PreTrainedModel, name: str, layers: list[int]) -> str:
     """`encoder.layer.0.x` -> `encoder.layer.1.x` where the student's first layer comes from the teacher's second."""
     for prefix, module in student.named_modules():  # the outermost list as long as the student is deep holds its layers
@@ -238,7 +284,8 @@ def _cut(name: str, source: Tensor, shape: torch.Size, have: dict[str, int], wan
     return source
 
 
-def _probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The shortest input that a model takes, on its device: two tokens, or a blank image."""
     if model.main_input_name == "pixel_values":
         size = model.config.image_size
         height, width = (size, size) if isinstance(size, int) else size

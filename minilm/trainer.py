@@ -1,8 +1,9 @@
 """MiniLM distillation as a `transformers.Trainer`.
 
-The loss is the mean over the sequences of a whole optimiser step (MiniLM eq. 6 and 9 with the step's batch as data
-set), over all its micro-batches and ranks: a micro-batch with n of the step's n_step sequences weighs n / n_step. DDP
-and FSDP average the gradients of W ranks, so each share is multiplied by W.
+The relation loss is the mean over the sequences of a whole optimiser step (MiniLM eq. 6 and 9 with the step's batch as
+data set), over all its micro-batches and ranks: a micro-batch with n of the step's n_step sequences weighs n / n_step.
+The output loss, where there is one, is the mean over the step's tokens or examples in the same way. DDP and FSDP
+average the gradients of W ranks, so each share is multiplied by W.
 """
 
 import inspect
@@ -10,14 +11,32 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from minilm._capture import QKV, attention_qkv, resolve_layer
+from minilm.batches import (
+    FOR_THE_LOSS,
+    Batch,
+    count_sequences,
+    count_tokens,
+    model_inputs,
+    relation_mask,
+    relation_qkv,
+    token_mask,
+)
+from minilm.checkpoints import CheckpointingTrainer
+from minilm.clock import LossClock, StepClock
 from minilm.loss import MiniLMLoss
+from minilm.outputs import Output, forward_with_output, has_vocabulary_head, output_loss
+from minilm.progress import DistillationProgress
+from minilm.sampling import EpochSampler
+from minilm.streams import TextStream
 from minilm.students import freeze_unused
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,24 +47,58 @@ class DistillationModel(nn.Module):
 
     Accelerate turns what a model returns into float32, and the Trainer's `compute_loss` runs outside autocast; computed
     in here, the loss gets q, k, v in the dtype that the student computes in.
+
+    Args:
+        student: a base model; with an output loss the model with its head.
+        criterion: the relations and their weights.
+        output_weight: of the output loss L_OUT beside the relations; 0 leaves it out.
+        output_temperature: T of the output loss T² KL(teacher logits / T ‖ student logits / T).
     """
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss it gets is already weighted within the step
 
-    def __init__(self, student: PreTrainedModel, criterion: MiniLMLoss) -> None:
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        criterion: MiniLMLoss,
+        output_weight: float = 0.0,
+        output_temperature: float = 1.0,
+    ) -> None:
         super().__init__()
         self.student = student
         self.criterion = criterion
+        self.output_weight = output_weight
+        self.output_temperature = output_temperature
+        self.clock = LossClock()
 
-    def forward(self, teacher_qkv: QKV, **inputs: Tensor) -> dict[str, Tensor]:
-        """{"loss": mean over the batch's sequences, relation: its part, detached}, float32 scalars.
+    def forward(
+        self, teacher_qkv: QKV, teacher_output: Output | None = None, shares: Tensor | None = None, **batch: Tensor
+    ) -> dict[str, Tensor]:
+        """{"loss", relation: its part, "output": its part}, float32 scalars; the parts are detached means of the batch.
 
         Args:
             teacher_qkv: q, k, v of the teacher's layer, each (B, H, N, D).
-            inputs: the student's inputs, with attention_mask (B, N) where there is padding.
+            teacher_output: with an output loss, what `forward_with_output` gave of the teacher.
+            shares: (2,) how much of its step the batch is, by sequences and by what the output loss counts; None: 1.
+            batch: the student's inputs, with attention_mask (B, N) where there is padding, or a packed batch.
         """
-        student_qkv = attention_qkv(self.student, inputs)
-        loss, parts = self.criterion(teacher_qkv, student_qkv, attention_mask=inputs.get("attention_mask"))
+        inputs = model_inputs(self.student, batch, self.criterion.causal)
+        output = None
+        if teacher_output is None:
+            student_qkv = attention_qkv(self.student, inputs)
+        else:
+            student_qkv, output = forward_with_output(self.student, inputs, -1)
+        teacher_qkv, student_qkv = relation_qkv(teacher_qkv, batch), relation_qkv(student_qkv, batch)
+        with self.clock.forward(student_qkv):
+            loss, parts = self.criterion(teacher_qkv, student_qkv, **relation_mask(batch))
+        self.clock.backward(loss, student_qkv)
+        if shares is not None:
+            loss = loss * shares[0]
+        if teacher_output is not None and output is not None:
+            total, count = output_loss(output, teacher_output, self.output_temperature, token_mask(batch))
+            mean = total / count.clamp(min=1)
+            parts["output"] = mean.detach()
+            loss = loss + self.output_weight * (mean if shares is None else mean * shares[1])
         return {"loss": loss, **parts}
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -61,18 +114,24 @@ class DistillationModel(nn.Module):
         self.student.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(CheckpointingTrainer):
     """Trains a student on the relations of one layer of a teacher; logs and evaluates each relation beside the loss.
 
     Args:
-        teacher: run in eval mode without gradients, in the compute dtype, up to its layer's projections and no further.
-        student: trained up to its last layer's projections; what is above them is frozen and saved as it came.
+        teacher: run in eval mode without gradients, in the compute dtype, up to its layer's projections and no further
+            (with an output loss: up to its head's last product).
+        student: trained up to its last layer's projections; what is above them is frozen and saved as it came (with an
+            output loss everything is trained).
         criterion: the relations and their weights.
         teacher_layer: 1 to L or -1 to -L.
-        options: those of `transformers.Trainer`: train_dataset, eval_dataset, processing_class, data_collator, ...
+        output_weight, output_temperature: as in `DistillationModel`; both models must come with their heads.
+        options: those of `transformers.Trainer`: train_dataset (also a `TextStream`), eval_dataset, processing_class,
+            data_collator, ...
 
-    Evaluation gives "eval_loss" and "eval_<relation>", the unweighted mean over the sequences. What is saved is the
-    student alone, as `AutoModel.from_pretrained` loads it.
+    Logged in training beside the Trainer's own: each relation, "output", "tokens_per_second" over all processes, and
+    "loss_share", the part of a step's time that the relation loss takes. Evaluation gives "eval_loss", the weighted
+    sum, and "eval_<relation>" and "eval_output", unweighted means over the sequences. What is saved is the student
+    alone, as `AutoModel.from_pretrained` loads it.
 
     Raises:
         ValueError: a teacher layer that does not exist; training arguments that mean nothing here; several GPUs in one
@@ -87,21 +146,32 @@ class DistillationTrainer(Trainer):
         criterion: MiniLMLoss,
         args: TrainingArguments,
         teacher_layer: int = -1,
+        output_weight: float = 0.0,
+        output_temperature: float = 1.0,
         **options: Any,
     ) -> None:
         _check_arguments(args)
         self.teacher_layer = resolve_layer(teacher, teacher_layer)
-        self.relations = list(criterion.relations)
+        self.parts = [*criterion.relations, *(["output"] if output_weight else [])]
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter that is not frozen gets a gradient
-        freeze_unused(student, self.relations)
-        options.setdefault("compute_metrics", self._relation_means)
-        super().__init__(model=DistillationModel(student, criterion), args=args, **options)
+        freeze_unused(student, criterion.relations, output=bool(output_weight))
+        options.setdefault("compute_metrics", self._means)
+        model = DistillationModel(student, criterion, output_weight, output_temperature)
+        super().__init__(model=model, args=args, **options)
         dtype = DTYPES[self.accelerator.mixed_precision]
         self.teacher: PreTrainedModel = teacher.to(device=args.device, dtype=dtype)  # type: ignore[call-arg]
         self.teacher.eval().requires_grad_(False)
-        self._sums: dict[str, Tensor] = {}  # of each relation since the last log
+        self._output_per_token = bool(output_weight) and has_vocabulary_head(student)
+        self._causal, self._with_output = criterion.causal, bool(output_weight)
+        self._clock, self._step_clock = model.clock, StepClock()
+        self.add_callback(self._step_clock)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(DistillationProgress)
+        self._sums: dict[str, Tensor] = {}  # of each part, and of the tokens, since the last log
         self._sums_from = 0
+        self._stream_states: dict[int, dict[str, Any]] = {}  # by reader, after the last batch taken from it
 
     @property
     def student(self) -> PreTrainedModel:
@@ -124,12 +194,20 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of a step, and how many sequences it has on all ranks (the Trainer would count labels)."""
+        """The micro-batches of a step, and how many sequences and outputs it has on all ranks, (2,) float32.
+
+        The Trainer would count labels.
+        """
+        self._step_clock.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.zeros((), device=device)
+        counts = torch.zeros(3, device=device)
         for batch in batches:
-            count += _has_tokens(batch).sum().to(device)
-        return batches, self.accelerator.reduce(count, "sum")
+            if state := batch.pop("stream_state", None):
+                self._stream_states[state["reader"]] = state
+            counts += torch.stack([*self._counts(batch), count_tokens(batch)]).to(device)
+        counts = self.accelerator.reduce(counts, "sum")
+        self._add({"tokens": counts[2]})
+        return batches, counts[:2]
 
     def compute_loss(
         self,
@@ -138,17 +216,32 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The batch's mean, or in training its share of the mean over the step's `num_items_in_batch` sequences."""
+        """The batch's mean, or in training its share of the means over the step's `num_items_in_batch`."""
         with torch.no_grad():
-            teacher_qkv = attention_qkv(self.teacher, inputs, self.teacher_layer)
-        outputs = model(teacher_qkv=teacher_qkv, **inputs)
-        loss = outputs["loss"]
-        if num_items_in_batch is not None:
-            sequences = torch.as_tensor(num_items_in_batch).clamp(min=1)  # a step with no token at all has loss 0
-            share = _has_tokens(inputs).sum() / sequences * self.accelerator.num_processes
-            loss = loss * share
-            self._add_parts({relation: outputs[relation] * share for relation in self.relations})
-        return (loss, outputs) if return_outputs else loss
+            teacher = self._teacher_targets(inputs)
+        if num_items_in_batch is None:
+            outputs = model(**teacher, **inputs)
+            return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        # A step with no token at all has loss 0.
+        of_step = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        shares = torch.stack(self._counts(inputs)) / of_step * self.accelerator.num_processes
+        outputs = model(**teacher, shares=shares, **inputs)
+        self._add({part: outputs[part] * shares[int(part == "output")] for part in self.parts})
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _teacher_targets(self, batch: Batch) -> dict[str, Any]:
+        inputs = model_inputs(self.teacher, batch, self._causal)
+        if not self._with_output:
+            return {"teacher_qkv": attention_qkv(self.teacher, inputs, self.teacher_layer)}
+        qkv, output = forward_with_output(self.teacher, inputs, self.teacher_layer)
+        return {"teacher_qkv": qkv, "teacher_output": output}
+
+    def _counts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sequences, and what the output loss is the mean of: tokens, or all examples."""
+        sequences = count_sequences(batch)
+        if self._output_per_token:
+            return sequences, count_tokens(batch)
+        return sequences, torch.full_like(sequences, len(next(iter(batch.values()))))
 
     def prediction_step(
         self,
@@ -157,38 +250,72 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, each relation's mean (B, R), whether a sequence counts (B,)), as `_relation_means` expects them."""
+        """(loss, the batch's mean of each part (B, parts), their weights (B, parts)), as `_means` expects them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        counted = _has_tokens(inputs).float()
-        parts = torch.stack([outputs[relation] for relation in self.relations])
-        return loss, parts.expand(len(counted), -1), counted
+        rows = len(next(iter(inputs.values())))
+        counts = dict.fromkeys(self.parts, self._counts(inputs)[0]) | {"output": self._counts(inputs)[1]}
+        means = torch.stack([outputs[part] for part in self.parts])
+        weights = torch.stack([counts[part] for part in self.parts]) / rows
+        return loss, means.expand(rows, -1), weights.expand(rows, -1)
 
-    def _relation_means(self, prediction: EvalPrediction) -> dict[str, float]:
-        means = (prediction.predictions * prediction.label_ids[:, None]).sum(0) / prediction.label_ids.sum()  # type: ignore
-        return dict(zip(self.relations, means.tolist(), strict=True))
+    def _means(self, prediction: EvalPrediction) -> dict[str, float]:
+        means, weights = (np.asarray(x) for x in (prediction.predictions, prediction.label_ids))
+        return dict(zip(self.parts, ((means * weights).sum(0) / weights.sum(0)).tolist(), strict=True))
 
-    def _add_parts(self, parts: dict[str, Tensor]) -> None:
+    def _add(self, values: dict[str, Tensor]) -> None:
         if not self._sums:
             self._sums_from = self.state.global_step
-        for relation, part in parts.items():
-            self._sums[relation] = self._sums.get(relation, 0) + part
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with the mean of each relation since the last log beside the training loss."""
+        """As the Trainer's, with the mean of each part since the last log, and the pace."""
         if "loss" in logs and self._sums:
-            steps = self.state.global_step - self._sums_from
-            means = self.accelerator.reduce(torch.stack(list(self._sums.values())) / steps, "mean")
-            logs.update(zip(self._sums, means.tolist(), strict=True))
+            steps, seconds = self.state.global_step - self._sums_from, self._step_clock.seconds()
+            tokens = self._sums.pop("tokens")
+            means = self.accelerator.reduce(torch.stack([self._sums[part] for part in self.parts]) / steps, "mean")
+            logs.update(zip(self.parts, means.tolist(), strict=True))
+            if seconds:
+                logs["tokens_per_second"] = round(tokens.item() / seconds, 1)
+                logs["loss_share"] = round(self._clock.seconds() / seconds, 4)
             self._sums = {}
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Of map-style data: seeded by seed and epoch alone, so that a resumed run draws what it would have drawn."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = _lengths(dataset) if strategy == "group_by_length" else None
+        together = self.args.train_batch_size * self.args.world_size
+        return EpochSampler(len(dataset), seed=seed, lengths=lengths, batch_size=together)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Of a stream its own: accelerate's would have every process read everything."""
+        if isinstance(self.train_dataset, TextStream):
+            return self.train_dataset.loader(pin_memory=self.args.dataloader_pin_memory)
+        return super().get_train_dataloader()
+
+    def rank_state(self) -> dict[str, Any]:
+        """Where this process's stream stands: the state of each reader after the last batch taken from it."""
+        return {"stream": list(self._stream_states.values())} if self._stream_states else {}
+
+    def restore_rank_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `rank_state` gave."""
+        if not isinstance(self.train_dataset, TextStream):
+            raise ValueError("the checkpoint is of a run on a stream, and the data of this run are none")
+        self._stream_states = {reader["reader"]: reader for reader in state["stream"]}
+        self.train_dataset.load_state(state["stream"])
 
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer asks the wrapper's forward, whose inputs are the student's.
         if self._signature_columns is None:
             parameters = inspect.signature(self.student.forward).parameters
-            self._signature_columns = list(parameters)  # type: ignore[assignment]
+            self._signature_columns = [*parameters, *FOR_THE_LOSS, "lengths"]  # type: ignore[assignment]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -215,13 +342,9 @@ class DistillationTrainer(Trainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def _has_tokens(inputs: dict[str, Tensor]) -> Tensor:
-    """(B,) bool: the sequences that count, all of them where nothing is masked."""
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        return mask.bool().any(dim=1)
-    first = next(iter(inputs.values()))
-    return torch.ones(len(first), dtype=torch.bool, device=first.device)
+def _lengths(dataset: Any) -> list[int]:
+    """Tokens of every row, read from the table without decoding rows one by one."""
+    return [len(ids) for ids in dataset.with_format(None)["input_ids"]]
 
 
 def _check_arguments(args: TrainingArguments) -> None:

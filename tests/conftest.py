@@ -1,7 +1,8 @@
-"""What all tests share: Triton's interpreter where there is no GPU, and the fixtures of the loss tests."""
+"""What all tests share: Triton's interpreter where there is no GPU, and fixtures of the loss and the command line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +36,48 @@ def nan_filled() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+CommandLine = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    """The folder of a tiny BERT."""
+    from tiny_text import save_teacher  # here and below: most tests need no transformers
+
+    return str(save_teacher(tmp_path / "teacher"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """A file of forty lines."""
+    from tiny_text import write_lines
+
+    return str(write_lines(tmp_path / "lines.txt"))
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[CommandLine]:
+    """Runs `minilm-train` in a folder of its own; gives (exit code, stdout, stderr without bars)."""
+    import datasets
+
+    from minilm.cli import main
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("minilm.distill.SPEED_SECONDS", 0.02)
+    monkeypatch.chdir(tmp_path)
+    datasets.disable_progress_bars()
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # of the fixtures
+        try:
+            code = main(list(argv))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    yield run
+    datasets.enable_progress_bars()

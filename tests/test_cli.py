@@ -3,54 +3,19 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from tiny_text import save_teacher, tiny_tokenizer, write_lines
+from conftest import CommandLine
+from tiny_text import save_teacher, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
 
-from minilm.cli import main
 from minilm.runs import starting_point
 from minilm.trainer import DistillationTrainer
 
-CommandLine = Callable[..., tuple[int, str, str]]
 FEW = ["--per_device_train_batch_size", "4", "--max_length", "12", "--logging_steps", "2", "--disable_tqdm", "true"]
 SMALL = ["--student_num_layers", "2", "--max_steps", "4", *FEW, "--use_cpu"]
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> str:
-    return str(save_teacher(tmp_path / "teacher"))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> str:
-    return str(write_lines(tmp_path / "lines.txt"))
-
-
-@pytest.fixture
-def command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[CommandLine]:
-    """Runs `main` in a folder of its own; gives (exit code, stdout, stderr without bars)."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("minilm.distill.SPEED_SECONDS", 0.02)
-    monkeypatch.chdir(tmp_path)
-    datasets.disable_progress_bars()
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()  # of the fixtures
-        try:
-            code = main(list(argv))
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    yield run
-    datasets.enable_progress_bars()
 
 
 @pytest.mark.parametrize(
@@ -84,9 +49,11 @@ def test_a_run_leaves_a_student_that_loads_and_its_report(
     assert metrics["arguments"]["max_steps"] == 4
     assert metrics["data"] == {
         "name": data,
+        "unit": "sequences",
         "train_sequences": 38,
         "heldout_sequences": 2,
         "max_length": 12,
+        "packed": False,
         "sequences_per_step": 4,
     }
     assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
@@ -144,7 +111,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
         patch.setattr(DistillationTrainer, "__init__", interrupted)
         code, _, err = command(*arguments)
     assert code == 130
-    assert "interrupted; --resume_from_checkpoint auto continues after" in err
+    assert "interrupted; --resume_from_checkpoint auto continues from the last checkpoint" in err
 
     code, _, err = command(*arguments)
     assert code == 1
@@ -152,7 +119,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
 
     code, _, err = command(*arguments, "--resume_from_checkpoint", "auto", "--student_num_layers", "3")
     assert code == 2
-    assert "holds a student with num_hidden_layers 2, the arguments ask for 3" in err
+    assert "belongs to another run: its student is {'layers': 2," in err
 
     code, out, _ = command(*arguments, "--resume_from_checkpoint", "auto")
     assert code == 0
@@ -226,7 +193,12 @@ def test_mistakes_are_one_line_and_exit_code_2(command: CommandLine, teacher: st
     fails("unknown relation 'qz'", *rest, "--relations", "qz")
     fails("relation 'qk' stands twice", *rest, "--relations", "qk,qk")
     fails("the weight 'x' of relation 'qk'", *rest, "--relations", "qk:x")
-    fails("relation_heads=5 does not divide", *rest, "--relation_heads", "5")
+    fails(
+        "5 relation heads do not divide the teacher's width 32 and the student's 32; choose",
+        *rest,
+        "--relation_heads",
+        "5",
+    )
     fails("heads", *rest, "--student_num_heads", "2")
     fails("hidden_size 30 is not divisible by num_heads 4", *rest, "--student_hidden_size", "30")
     fails("is no complete checkpoint", *rest, "--resume_from_checkpoint", "nowhere")
@@ -298,7 +270,7 @@ def test_the_newest_complete_checkpoint_is_the_one_to_continue_from(tmp_path: Pa
     for step in (9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step != 11:  # killed while it was written: the Trainer's state comes last
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert starting_point(tmp_path, "auto") == tmp_path / "checkpoint-10"
     assert starting_point(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
 

@@ -1,14 +1,17 @@
-"""Reading text: every kind of source, blank and missing texts, the held-out part, tokenising, and each clear error."""
+"""Reading text: every kind of source, blank texts, the held-out part, tokenising, mixing by weights, each error."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 from tiny_text import tiny_tokenizer
 
-from minilm.data import load_texts, split_heldout, tokenize
+from minilm.data import load_splits, load_texts, split_heldout, tokenize
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +19,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read from or left in the user's cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else a name takes 20 s to fail
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -116,3 +120,73 @@ def test_tokenize_truncates_and_leaves_only_the_inputs_of_a_model() -> None:
     rows = tokenize(texts, tokenizer, 6)
     assert set(rows.column_names) == {"input_ids", "attention_mask"}
     assert list(rows["input_ids"]) == [tokenizer("ab")["input_ids"], [*tokenizer("a lon")["input_ids"][:5], 3]]
+
+
+def sized(folder: Path, *counts: int) -> list[str]:
+    """A file of distinct lines for each count; all lines of file 0 begin with the letter a, and so on."""
+    letters = str.maketrans("0123456789", "abcdefghij")  # the tokenizer has no digits
+    files = [folder / f"{index}.txt" for index in range(len(counts))]
+    for index, (file, count) in enumerate(zip(files, counts, strict=True)):
+        file.write_text(
+            "".join(f"{chr(97 + index)} {line}\n".translate(letters) for line in range(count)), encoding="utf-8"
+        )
+    return [str(file) for file in files]
+
+
+def splits(sources: Sequence[str], **options: Any) -> tuple[list[str], list[str]]:
+    tokenizer = tiny_tokenizer()
+    train, heldout = load_splits(sources, tokenizer, 64, **options)
+    assert set(train.column_names) == set(heldout.column_names) == {"input_ids", "attention_mask"}
+    return tokenizer.batch_decode(list(train["input_ids"])), tokenizer.batch_decode(list(heldout["input_ids"]))
+
+
+def test_weights_give_the_share_of_each_source_until_all_were_seen_whole(tmp_path: Path) -> None:
+    sources = sized(tmp_path, 300, 40)
+    train, heldout = splits(sources, weights=[1, 3])
+    of_source = [[text for text in train if text.startswith(f"[CLS] {letter}")] for letter in "ab"]
+    assert len(of_source[0]) + len(of_source[1]) == len(train)
+    assert len(of_source[1]) / len(train) == pytest.approx(0.75, abs=0.04)
+    assert set(Counter(of_source[0]).values()) == {1}  # the last to be exhausted: nothing of it repeats
+    assert len(of_source[0]) == 300 - 15
+    assert len(set(of_source[1])) == 40 - 2 < len(of_source[1])
+    assert sum(text.startswith("[CLS] a") for text in heldout) == 15
+    assert sum(text.startswith("[CLS] b") for text in heldout) == 2
+    assert not set(train) & set(heldout)
+    middle = len(train) // 2  # mixed throughout
+    assert sum(text.startswith("[CLS] b") for text in train[:middle]) / middle == pytest.approx(0.75, abs=0.06)
+
+
+def test_a_large_heldout_part_is_shared_out_by_weight(tmp_path: Path) -> None:
+    _, heldout = splits(sized(tmp_path, 9000, 9000), weights=[3.0, 1.0])
+    assert len(heldout) == 384 + 128
+    assert sum(text.startswith("[CLS] a") for text in heldout) == 384
+
+
+def test_without_weights_the_sources_are_one(tmp_path: Path) -> None:
+    train, heldout = splits(sized(tmp_path, 30, 1))
+    assert len(set(train) | set(heldout)) == len(train) + len(heldout) == 31
+    assert len(heldout) == 1
+
+
+def test_a_second_run_reads_and_tokenises_nothing(tmp_path: Path) -> None:
+    sources = sized(tmp_path, 60, 50)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+
+    def run(**options: Any) -> set[tuple[Path, int]]:
+        splits(sources, **options)
+        return {(file, file.stat().st_mtime_ns) for file in cache.rglob("*.arrow")}
+
+    assert len(run(weights=[1, 1])) < len(run())
+    after = run()
+    assert run(weights=[1, 1]) == run(weights=[2, 1]) == after
+    Path(sources[1]).write_text("other\nlines\n", encoding="utf-8")
+    assert run() > after
+
+
+def test_wrong_weights_are_named(tmp_path: Path) -> None:
+    sources = sized(tmp_path, 20, 20)
+    with pytest.raises(ValueError, match="there are 3 weights for 2 sources"):
+        splits(sources, weights=[1, 2, 3])
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"the weight of '.*1\.txt' must be a positive number, not {weight}"):
+            splits(sources, weights=[1, weight])

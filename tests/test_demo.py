@@ -69,7 +69,7 @@ def test_a_short_demonstration_leaves_a_student_and_is_not_run_twice(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minilm.distill.SPEED_SECONDS", 0.1)
-    monkeypatch.setattr("minilm.distill.docstrings", lambda: texts[:200])
+    monkeypatch.setattr("minilm.inputs.docstrings", lambda: texts[:200])
     assert main(SHORT) == 0
     out = capsys.readouterr().out
     assert "this is the demonstration" in out

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_inputs, tiny_model
+from tiny_text import tiny_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
 from minilm._capture import attention_qkv
 from minilm.students import build_student, count_parameters, freeze_unused
@@ -189,6 +190,123 @@ def test_slice_across_grouped_heads_and_gate_up() -> None:
     runs(student)
 
 
+def test_slice_and_layers_of_a_vision_teacher() -> None:
+    teacher = tiny_model("vit")
+    cut = build_student(teacher, num_layers=2, hidden_size=16, init="slice")
+    whole = build_student(teacher, num_layers=2, init="layers")
+    for name, axis in (("projection.weight", 0), ("projection.bias", 0)):
+        patches = f"embeddings.patch_embeddings.{name}"
+        assert torch.equal(cut.get_parameter(patches), teacher.get_parameter(patches).narrow(axis, 0, 16))
+        assert torch.equal(whole.get_parameter(patches), teacher.get_parameter(patches))
+    for name in ("embeddings.cls_token", "embeddings.position_embeddings"):
+        assert torch.equal(cut.get_parameter(name), teacher.get_parameter(name)[..., :16])
+    layer = "layers.{}.mlp.fc1.weight" if hasattr(teacher, "layers") else "encoder.layer.{}.intermediate.dense.weight"
+    assert torch.equal(cut.get_parameter(layer.format(0)), teacher.get_parameter(layer.format(1))[:64, :16])
+    assert torch.equal(whole.get_parameter(layer.format(1)), teacher.get_parameter(layer.format(3)))
+
+
+def embedded(model: PreTrainedModel, words: slice) -> Tensor:
+    """Words with their position and token type, as BERT adds them before its norm: (words, hidden_size)."""
+    tables = model.get_submodule("embeddings")
+    types, positions = tables.get_submodule("token_type_embeddings"), tables.get_submodule("position_embeddings")
+    words_at = tables.get_submodule("word_embeddings").weight[words]
+    return words_at + positions.weight[: len(words_at)] + types.weight[0]
+
+
+def test_pca_keeps_inner_products_of_low_rank_embeddings() -> None:
+    teacher = tiny_model("bert")
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(8, 32, generator=generator)  # all tables in one space of 8 dimensions, within the 16 kept
+    with torch.no_grad():
+        for table in teacher.modules():
+            if isinstance(table, nn.Embedding):
+                coordinates = torch.randn(table.num_embeddings, 8, generator=generator) + 1  # a mean that is not 0
+                table.weight.copy_(coordinates @ basis)
+        exact = embedded(teacher, slice(5, 25))
+        gram = exact @ exact.T
+
+        def error(init: Any) -> float:
+            student = build_student(teacher, num_layers=2, hidden_size=16, init=init, seed=0)
+            mine = embedded(student, slice(5, 25))
+            return float((mine @ mine.T - gram).norm() / gram.norm())
+
+        assert error("pca") < 1e-5
+        assert error("slice") > 0.1
+
+
+def test_pca_keeps_the_components_of_largest_variance() -> None:
+    """Around the mean: its own direction, which all words share, is not one of them."""
+    teacher = tiny_model("bert")
+    scale = torch.linspace(0.1, 3.2, 32)  # the variance grows with the coordinate
+    with torch.no_grad():
+        words = torch.randn(60, 32, generator=torch.Generator().manual_seed(0)) * scale
+        words[:, 0] = 100.0
+        teacher.get_input_embeddings().weight.copy_(words)
+        student = build_student(teacher, hidden_size=16, init="pca", seed=0)
+        mine = student.get_input_embeddings().weight
+        centred = words - words.mean(0)
+        expected = torch.linalg.svdvals(centred)[:16]
+        assert torch.allclose(torch.linalg.svdvals(mine - mine.mean(0)), expected, rtol=1e-4)
+        variances = (mine - mine.mean(0)).square().sum(0)
+        assert torch.equal(variances, variances.sort(descending=True).values)
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "distilbert", "electra", "albert", "modernbert", "llama", "gpt2", "t5"]
+)
+def test_pca_projects_tables_alone(family: str) -> None:
+    teacher = tiny_teacher(family)
+    student = build_student(teacher, num_layers=5, hidden_size=24, init="pca", seed=0)
+    runs(student)
+    random = build_student(teacher, num_layers=5, hidden_size=24, init="random", seed=0)
+    width = teacher.get_input_embeddings().embedding_dim
+    modules = teacher.named_modules()
+    tables = {f"{n}.weight" for n, m in modules if isinstance(m, nn.Embedding) and m.embedding_dim == width}
+    initial = dict(random.named_parameters())
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, initial[name])}
+    assert changed == tables & initial.keys()
+
+
+@pytest.mark.parametrize("init", ["layers", "slice", "pca", "random"])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("bert", "ForMaskedLM"),
+        ("roberta", "ForMaskedLM"),
+        ("distilbert", "ForMaskedLM"),
+        ("electra", "ForMaskedLM"),
+        ("modernbert", "ForMaskedLM"),
+        ("llama", "ForCausalLM"),
+        ("gpt2", "LMHeadModel"),
+        ("bert", "ForSequenceClassification"),
+        ("vit", "ForImageClassification"),
+    ],
+)
+def test_student_with_the_teachers_head(family: str, head: str, init: Any) -> None:
+    teacher = tiny_model(family, head, num_labels=3)
+    if family == "vit" and init == "pca":
+        with pytest.raises(ValueError, match="init 'pca' projects word embeddings, ViTModel has none"):
+            build_student(teacher, hidden_size=16, init=init, with_head=True)
+        return
+    width = 32 if init == "layers" else 16
+    student = build_student(teacher, num_layers=2, hidden_size=width, init=init, with_head=True, seed=0)
+    assert type(student) is type(teacher)
+    inputs = tiny_inputs(student)
+    with torch.no_grad():
+        assert student.eval()(**inputs).logits.shape == teacher(**inputs).logits.shape
+    head_layer = student.get_output_embeddings()
+    if head_layer is not None and family != "llama":
+        assert head_layer.weight is student.get_input_embeddings().weight
+    for name, parameter in student.named_parameters():
+        if name.startswith(teacher.base_model_prefix + ".") or init not in ("layers", "slice"):
+            continue
+        given = teacher.get_parameter(name)
+        assert torch.equal(parameter, given[tuple(slice(size) for size in parameter.shape)]), name
+    whole = build_student(teacher, init="layers", with_head=True).eval()
+    with torch.no_grad():
+        assert torch.equal(whole(**inputs).logits, teacher(**inputs).logits)
+
+
 def test_seed() -> None:
     teacher = tiny_model("bert")
 
@@ -230,11 +348,13 @@ def test_half_precision_teacher_makes_a_float32_student() -> None:
         ({"teacher_layers": [1, 2], "num_layers": 3}, r"teacher_layers names 2 layers, num_layers is 3"),
         (
             {"teacher_layers": [1, 2], "hidden_size": 16},
-            r"teacher_layers \[1, 2\] is given, but the student starts from random",
+            r"teacher_layers \[1, 2\] is given, but the student's layers start random",
         ),
         ({"num_layers": 0}, r"num_layers is 0: it must be at least 1"),
         ({"hidden_size": -8}, r"hidden_size is -8: it must be at least 1"),
-        ({"init": "pca"}, r"init 'pca' is none of auto, random, layers, slice"),
+        ({"hidden_size": 64, "init": "pca"}, r"init 'pca' cannot widen the embeddings from 32 to 64"),
+        ({"with_head": True}, r"the teacher is a BertModel, which has no head for the student to have"),
+        ({"init": "svd"}, r"init 'svd' is none of auto, random, layers, slice, pca"),
     ],
 )
 def test_wrong_students(arguments: dict[str, Any], message: str) -> None:
@@ -276,6 +396,23 @@ def test_freeze_unused_of_bert_by_name() -> None:
     assert set(freeze_unused(only_qk, ["qk"])) == (after - projections) | value
 
 
+@pytest.mark.parametrize(
+    ("family", "head", "frozen"),
+    [
+        ("bert", "ForMaskedLM", []),
+        ("llama", "ForCausalLM", []),
+        ("bert", "ForSequenceClassification", []),
+        ("vit", "ForImageClassification", []),
+        ("bert", "ForPreTraining", ["bert.pooler.dense", "cls.seq_relationship"]),
+    ],
+)
+def test_freeze_unused_with_the_output_loss(family: str, head: str, frozen: list[str]) -> None:
+    teacher = tiny_model(family, head)
+    student = build_student(teacher, num_layers=2, with_head=True)
+    assert freeze_unused(student, output=True) == [f"{name}.{kind}" for name in frozen for kind in ("weight", "bias")]
+    assert freeze_unused(student)  # the relations alone leave the head out
+
+
 class Distilled(nn.Module):
     def __init__(self, student: PreTrainedModel) -> None:
         super().__init__()
@@ -312,14 +449,16 @@ def test_ddp_runs_without_find_unused_parameters() -> None:
     [(12, 768, 109), (6, 768, 66), (12, 384, 33), (6, 384, 22), (4, 384, 19), (3, 384, 17)],
 )
 def test_parameters_as_the_papers_count_them(layers: int, width: int, millions: int) -> None:
-    config = BertConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=4 * width)
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    counted = count_parameters(model)
+        teacher = AutoModel.from_config(BertConfig())
+    student = teacher
+    if (layers, width) != (12, 768):
+        student = build_student(teacher, num_layers=layers, hidden_size=width, init="random")
+    counted = count_parameters(student)
     assert abs(counted["total"] / 1e6 - millions) < 1
     assert counted["total"] == counted["embedding"] + counted["transformer"]
     pooler = width * width + width
-    assert counted["total"] == sum(parameter.numel() for parameter in model.parameters()) - pooler
+    assert counted["total"] == sum(parameter.numel() for parameter in student.parameters()) - pooler
     assert counted["transformer"] == layers * (12 * width * width + 13 * width)
 
 
@@ -328,3 +467,43 @@ def test_parameters_leave_heads_out() -> None:
         model = tiny_model(family, head)
         assert count_parameters(model) == count_parameters(model.base_model)
         assert count_parameters(model)["embedding"] >= 60 * 32
+
+
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM"])
+def test_saved_student_loads_elsewhere(head: str, tmp_path: Path) -> None:
+    teacher = tiny_model("bert", head)
+    student = build_student(teacher, num_layers=2, hidden_size=16, with_head=head != "Model").eval()
+    student.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    inputs = tiny_inputs(student)
+
+    def base_output(model: PreTrainedModel) -> Tensor:
+        with torch.no_grad():
+            output: Tensor = model.eval().base_model(**inputs).last_hidden_state
+        return output
+
+    base = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(base_output(base), base_output(student))
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, output_loading_info=True
+    )
+    assert {"classifier.weight", "classifier.bias"} <= set(info["missing_keys"])
+    assert torch.equal(base_output(classifier), base_output(student))
+    assert classifier(**inputs).logits.shape == (2, 3)
+
+
+def test_saved_student_makes_sentence_vectors(tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    student = build_student(tiny_model("bert"), num_layers=2, hidden_size=16, seed=0).eval()
+    student.save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["a short one", "and another which is longer"]
+    model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    vectors = torch.from_numpy(model.encode(texts))
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = inputs["attention_mask"][..., None]
+    with torch.no_grad():
+        hidden = student(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+    assert vectors.shape == (2, 16)
+    assert torch.allclose(vectors, (hidden * mask).sum(1) / mask.sum(1), atol=1e-5)

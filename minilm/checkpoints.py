@@ -1,0 +1,272 @@
+"""A Trainer that loses nothing: its checkpoints are whole or not there, and SIGTERM and Ctrl-C save one first.
+
+A checkpoint is written by the Trainer's own code, whatever it saves (DDP, FSDP, DeepSpeed), into `_incomplete/` of the
+output folder. When every rank is done, the main process
+
+    syncs the files to disk, writes their manifest, and renames  _incomplete/checkpoint-N -> checkpoint-N
+
+A rename happens or does not, so a kill at any moment leaves the checkpoints that were there, with or without the new
+one, and a folder `_incomplete` that the next start or save removes. Only then are old checkpoints removed, through a
+rename into `_incomplete` too.
+
+A signal is noted, and acted upon at the end of the optimiser step: between two micro-batches there are gradients that
+no checkpoint holds. The ranks take the maximum of what each has noted, so all of them stop after the same step.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+
+from minilm.runs import RUN, checkpoints_of, newest_intact, step_of, sync, write_manifest
+
+ASIDE = "_incomplete"  # the Trainer pushes nothing to the hub that begins with an underscore
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SIGNAL_SECONDS = 1.0
+# safetensors has an error of its own for what the system refuses; torch.save's is a RuntimeError.
+FAILURES = (OSError, SafetensorError, RuntimeError)
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be saved: one sentence with its folder, the cause and the newest intact one."""
+
+
+class CheckpointingTrainer(Trainer):
+    """`transformers.Trainer` with whole checkpoints, saved also when SIGTERM or Ctrl-C ends the run.
+
+    A subclass says what run its checkpoints belong to (`run_identity`, kept in `run.json`) and may keep more per rank
+    (`rank_state`, `restore_rank_state`).
+
+    Attributes:
+        stopped_by: the signal that ended the last `train()` before its end, after a checkpoint of the last step done;
+            None if it ran to its end.
+
+    Raises (from `train`):
+        CheckpointError: on every rank, if one of them could not write.
+        KeyboardInterrupt: at a second Ctrl-C, at once; a second SIGTERM ends the process as it did before `train()`.
+            A launcher and a terminal may both pass on one and the same: within a second it does not count twice.
+        ValueError: a checkpoint with the state of another number of ranks.
+    """
+
+    run_identity: dict[str, Any] | None = None  # JSON-able; see `minilm.runs.check_same_run`
+    stopped_by: signal.Signals | None = None
+
+    _signals: "_Signals"
+    _saving = False
+    _saved_step: int | None = None
+    _failed: Exception | None = None
+
+    def rank_state(self) -> dict[str, Any]:
+        """What this rank must know to continue beside the Trainer's own state: JSON-able; empty is not saved."""
+        return {}
+
+    def restore_rank_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `rank_state` gave, before the data loaders are made."""
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """As the Trainer's. Stopped by a signal, it gives the steps done and a loss of NaN, and see `stopped_by`."""
+        output = str(self.args.output_dir)
+        if resume_from_checkpoint is True and os.path.isdir(output):
+            resume_from_checkpoint = get_last_checkpoint(output) or True  # type: ignore[no-untyped-call]
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
+            self._load_rank_state(Path(resume_from_checkpoint))
+        if self.args.should_save:
+            shutil.rmtree(os.path.join(output, ASIDE), ignore_errors=True)
+        self.stopped_by = self._saved_step = None
+        with _Signals() as self._signals:
+            try:
+                result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except _Stop as stop:
+                # Not by control.should_training_stop: the Trainer's end loads the best model and, where one
+                # checkpoint is kept, removes the others, and at the end of an epoch it evaluates and saves once more.
+                self.stopped_by = stop.by
+                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+                self.is_in_train = False
+                result = TrainOutput(self.state.global_step, float("nan"), {})
+        if self.stopped_by is None and self._signals.noted:
+            signal.raise_signal(self._signals.noted)  # it came after the last step: whoever comes next shall know
+        return result
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **options: Any
+    ) -> None:
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **options)
+        noted = self._signals.noted
+        if self.args.world_size > 1:
+            noted = int(self.accelerator.gather(torch.tensor([noted], device=self.args.device)).max())
+        if noted:
+            if self._saved_step != self.state.global_step:
+                self._save_checkpoint(model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            raise _Stop(signal.Signals(noted))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        whole, part = run / name, run / ASIDE / name
+        with self._on_all_ranks(whole):
+            if self.args.should_save:
+                if (run / ASIDE).exists():
+                    shutil.rmtree(run / ASIDE)
+                part.mkdir(parents=True)
+        with self._on_all_ranks(whole):
+            self._write(model, trial, whole, part)
+        with self._on_all_ranks(whole):
+            if self.args.should_save:
+                if self.run_identity is not None:
+                    (part / RUN).write_text(json.dumps(self.run_identity, indent=1), encoding="utf-8")
+                write_manifest(part)
+                if whole.exists():  # left by a run that was continued from an earlier checkpoint
+                    whole.rename(run / ASIDE / "replaced")
+                part.rename(whole)
+                sync(run)
+                self._rotate(run, whole)
+                shutil.rmtree(run / ASIDE, ignore_errors=True)
+        self._saved_step = self.state.global_step
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(whole))
+
+    def _write(self, model: nn.Module, trial: Any, whole: Path, part: Path) -> None:
+        """The Trainer's own saving, with `_incomplete` as its run's folder, but for the name of the best checkpoint."""
+        self._saving, self._failed = True, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except FAILURES as error:
+            self._failed = self._failed or error  # the first one tells more: what follows fails because of it
+        finally:
+            self._saving = False
+        if self._failed is not None:
+            raise self._failed
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(whole)
+        if self.args.should_save:
+            self.state.save_to_json(str(part / TRAINER_STATE_NAME))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = str(super()._get_output_dir(trial))
+        return os.path.join(run, ASIDE) if self._saving else run
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's."""
+        try:
+            super().save_model(output_dir, _internal_call)
+        except FAILURES as error:
+            if not self._saving:
+                raise
+            self._failed = error  # kept until the ranks, which may wait for each other in what follows, are done
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if state := self.rank_state():
+            content = {"processes": self.args.world_size, "state": state}
+            path = Path(output_dir, f"rank_state_{self.args.process_index}.json")
+            path.write_text(json.dumps(content), encoding="utf-8")
+
+    def _load_rank_state(self, checkpoint: Path) -> None:
+        saved = {path.name: json.loads(path.read_text("utf-8")) for path in checkpoint.glob("rank_state_*.json")}
+        for content in saved.values():
+            if content["processes"] != self.args.world_size:
+                raise ValueError(
+                    f"{checkpoint} was saved by {content['processes']} processes and cannot be continued by "
+                    f"{self.args.world_size}: each has a part of the data"
+                )
+        if saved:
+            self.restore_rank_state(saved[f"rank_state_{self.args.process_index}.json"]["state"])
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer would push while it saves; `_save_checkpoint` does when the folder has its name.
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _rotate(self, run: Path, newest: Path) -> None:
+        """Keeps `save_total_limit` checkpoints, the newest and the best among them.
+
+        Not the Trainer's, which goes by times or step numbers: after a return to an earlier checkpoint, because the
+        later ones were damaged, it may take one of those for the newest and remove the one just written.
+        """
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+        checkpoints = checkpoints_of(run)
+        others = [path for path in checkpoints if path.name not in kept]
+        # Those of a later step, from before the return, go first.
+        others.sort(key=lambda path: step_of(path) < self.state.global_step)
+        for path in others[: max(0, len(checkpoints) - limit)]:
+            path.rename(run / ASIDE / path.name)
+
+    @contextmanager
+    def _on_all_ranks(self, checkpoint: Path) -> Iterator[None]:
+        """A part of saving that succeeds everywhere or ends the run everywhere; the ranks wait for each other."""
+        failure: Exception | None = None
+        try:
+            yield
+        except FAILURES as error:
+            failure = error
+        cause = [" ".join(str(failure).split()) or repr(failure)] if failure else []
+        causes = gather_object(cause)
+        if causes:
+            run = checkpoint.parent
+            if self.args.should_save:
+                shutil.rmtree(run / ASIDE, ignore_errors=True)
+            intact, _ = newest_intact(run)
+            free = f" with {shutil.disk_usage(run).free / 1e9:.1f} GB free" if run.is_dir() else ""
+            rest = f"the newest intact checkpoint is {intact}" if intact else "there is no intact checkpoint"
+            raise CheckpointError(f"cannot save {checkpoint}{free} ({causes[0]}); {rest}") from failure
+
+
+class _Stop(Exception):
+    """Leaves the Trainer's loop after a checkpoint."""
+
+    def __init__(self, by: signal.Signals) -> None:
+        super().__init__(by)
+        self.by = by
+
+
+class _Signals:
+    """While entered, in the main thread, the first SIGTERM or SIGINT is only noted; the next acts as before."""
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self._since = 0.0
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like want it ignored
+                    self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data loader's worker: Ctrl-C reaches it too, its owner ends it by SIGTERM
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+        elif not self.noted:
+            self.noted, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > SAME_SIGNAL_SECONDS:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)

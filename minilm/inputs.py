@@ -1,0 +1,126 @@
+"""What a run trains on: texts or images, indexed or streamed, packed or padded, with their collator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from transformers import (
+    BaseImageProcessor,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from minilm.arguments import Arguments, DataArguments
+from minilm.data import load_splits, split_heldout, tokenize
+from minilm.demo import docstrings
+from minilm.images import load_images, stack_images
+from minilm.packing import PackingCollator, pack
+from minilm.streams import TextStream
+from minilm.teachers import resolve_length
+
+Processor = PreTrainedTokenizerBase | BaseImageProcessor
+Collator = Callable[[list[dict[str, Any]]], Any]
+
+
+@dataclass
+class Inputs:
+    """Data sets with their collator, and what a report says of them."""
+
+    train: datasets.Dataset | TextStream
+    heldout: datasets.Dataset
+    collator: Collator
+    description: dict[str, Any]
+
+
+def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Processor) -> Inputs:
+    """Everything that stands under --data, in the teacher's inputs.
+
+    Raises:
+        ValueError: nothing there, no such column, flags that do not go together.
+    """
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        train, heldout, max_length = *_images(arguments.data, processor), None
+        collator: Collator = stack_images
+    else:
+        max_length = resolve_length(teacher, processor, arguments.data.max_length)
+        train, heldout = _texts(arguments, processor, max_length)
+        collator = _collator(processor, max_length)
+    packing = arguments.data.packing
+    sequences = None if isinstance(train, TextStream) else len(train)
+    if packing and not isinstance(train, TextStream):
+        assert max_length is not None
+        train = pack(train, max_length)
+    description = {
+        "name": "the standard library's docstrings" if arguments.demo else ", ".join(arguments.data.data or []),
+        "unit": "images" if max_length is None else "sequences",
+        "train_sequences": sequences,
+        "heldout_sequences": len(heldout),
+        "max_length": max_length,
+        "packed": packing,
+    }
+    return Inputs(train, heldout, collator, description)
+
+
+def _texts(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[datasets.Dataset | TextStream, datasets.Dataset]:
+    data = arguments.data
+    if arguments.demo:
+        texts = datasets.Dataset.from_dict({"text": docstrings()})
+        train, heldout = (tokenize(part, tokenizer, max_length) for part in split_heldout(texts))
+        return train, heldout
+    assert data.data is not None
+    where: dict[str, Any] = {
+        "config": data.data_config,
+        "text_column": data.text_column,
+        "weights": data.data_weights,
+    }
+    if not data.streaming:
+        return load_splits(data.data, tokenizer, max_length, **where)
+    stream = _stream(data, tokenizer, max_length, arguments.training, where)
+    return stream, tokenize(stream.heldout, tokenizer, max_length)
+
+
+def _stream(
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    training: TrainingArguments,
+    where: dict[str, Any],
+) -> TextStream:
+    assert data.data is not None
+    return TextStream(
+        data.data,
+        tokenizer,
+        batch_size=training.train_batch_size,
+        max_length=max_length,
+        packing=data.packing,
+        shuffle_buffer=data.shuffle_buffer,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        rank=training.process_index,
+        world_size=training.world_size,
+        num_workers=training.dataloader_num_workers,
+        **where,
+    )
+
+
+def _images(data: DataArguments, processor: BaseImageProcessor) -> tuple[datasets.Dataset, datasets.Dataset]:
+    for flag in ("streaming", "packing", "data_weights", "max_length"):
+        if getattr(data, flag):
+            raise ValueError(f"--{flag} is for texts, and the teacher takes images")
+    assert data.data is not None
+    return load_images(data.data, processor, config=data.data_config, image_column=data.image_column)
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Collator:
+    """Packed rows to train on; what is held out is padded."""
+    packed = PackingCollator(tokenizer.pad_token_id, max_length)
+    padded = DataCollatorWithPadding(tokenizer)
+
+    def collate(features: list[dict[str, Any]]) -> Any:
+        return packed(features) if "lengths" in features[0] else padded(features)
+
+    return collate

@@ -1,0 +1,53 @@
+"""Teacher, assistant, student: the runs that one command line asks for, one after the other (MiniLM, section 3.4)."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from minilm.arguments import Arguments
+from minilm.report import METRICS
+
+ASSISTANT = "assistant"  # the folder of the first run, in the output folder
+
+
+def stages(arguments: Arguments) -> list[Arguments]:
+    """The runs still to be done, in order: one, or the assistant's and then the student's.
+
+    The assistant is a model of its own in OUTPUT_DIR/assistant. When the command is resumed, a finished one is not
+    trained again.
+
+    Raises:
+        ValueError: a checkpoint of the student is named while there is no finished assistant.
+    """
+    model, resume = arguments.model, arguments.training.resume_from_checkpoint
+    if model.assistant_num_layers is None and model.assistant_hidden_size is None:
+        return [arguments]
+    folder = Path(str(arguments.training.output_dir)) / ASSISTANT
+    none = {"assistant_num_layers": None, "assistant_hidden_size": None}
+    first = _stage(
+        arguments,
+        {"output_dir": str(folder)},
+        **none,
+        student_num_layers=model.assistant_num_layers,
+        student_hidden_size=model.assistant_hidden_size,
+        student_num_heads=None,
+        student_intermediate_size=None,
+    )
+    finished = (folder / METRICS).exists()
+    if resume not in (None, "auto"):
+        if folder.resolve() in Path(resume).resolve().parents:
+            second = _stage(arguments, {"resume_from_checkpoint": None}, **none, teacher=str(folder), teacher_layer=-1)
+            return [first, second]
+        if not finished:
+            raise ValueError(f"{resume!r} is a checkpoint of the student, and {folder} holds no finished assistant")
+    second = _stage(arguments, {}, **none, teacher=str(folder), teacher_layer=-1)
+    return [second] if resume is not None and finished else [first, second]
+
+
+def _stage(arguments: Arguments, training: dict[str, Any], **model: Any) -> Arguments:
+    changed = copy.copy(arguments.training)  # `replace` would run its __post_init__ again
+    for name, value in training.items():
+        setattr(changed, name, value)
+    smaller = dataclasses.replace(arguments.model, **model)
+    return dataclasses.replace(arguments, model=smaller, training=changed, is_assistants=True)

@@ -1,0 +1,40 @@
+"""A run that is killed at random steps and resumed ends bitwise as one that was not, whatever its data come from."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_text import write_lines
+
+SCRIPT = Path(__file__).parent / "kill_and_resume.py"
+# 57 sequences to train on are seven steps of eight: 16 steps end in the third epoch, or pass, of them.
+MODES = {
+    "shuffled": ["--train_sampling_strategy", "random"],
+    "by length": [],
+    "packed": ["--packing"],
+    "stream": ["--streaming", "--shuffle_buffer", "10"],
+    "stream, packed, two workers": [
+        *("--streaming", "--packing", "--shuffle_buffer", "10", "--dataloader_num_workers", "2"),
+    ],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_and_resumed_is_bitwise_what_it_would_have_been(
+    tmp_path: Path, teacher: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    data = str(write_lines(tmp_path / "lines.txt", 60))
+    kills = sorted(random.Random(mode).sample(range(2, 16), 3))
+    command = [sys.executable, str(SCRIPT), str(tmp_path), teacher, data, ",".join(map(str, kills)), *MODES[mode]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ends"] == [0, 9, 9, 9, 0], done.stderr
+    assert result["resumed_from"] == kills[-1] // 2 * 2 or result["resumed_from"] == (kills[-1] - 1) // 2 * 2
+    assert result["losses"][0] == result["losses"][1]
+    assert result["equal"]

@@ -1,0 +1,116 @@
+"""Teacher, assistant, student in one command; and dry runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CommandLine
+from transformers import AutoModel
+
+from minilm.arguments import parse
+from minilm.stages import stages
+
+RUN = [
+    *("--student_num_layers", "2", "--student_hidden_size", "16"),
+    *("--max_length", "12", "--max_steps", "4", "--per_device_train_batch_size", "4"),
+    *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
+    *("--logging_steps", "2", "--save_steps", "2"),
+]
+CHAIN = [*RUN, "--assistant_num_layers", "3", "--assistant_hidden_size", "16"]
+
+
+def asked(*flags: str) -> list[str]:
+    return ["--teacher", "t", "--data", "d.txt", "--output_dir", "out", *CHAIN, *flags]
+
+
+def test_without_an_assistant_there_is_one_run() -> None:
+    arguments = parse(["--teacher", "t", "--data", "d.txt", "--output_dir", "out", *RUN])
+    assert stages(arguments) == [arguments]
+
+
+def test_the_assistant_learns_first_and_teaches_then() -> None:
+    first, second = stages(parse(asked("--teacher_layer", "3", "--objective", "minilm-v2")))
+    assert (first.model.teacher, first.model.teacher_layer) == ("t", 3)
+    assert (first.model.student_num_layers, first.model.student_hidden_size) == (3, 16)
+    assert (second.model.teacher, second.model.teacher_layer) == (str(Path("out/assistant")), -1)
+    assert (second.model.student_num_layers, second.model.student_hidden_size) == (2, 16)
+    assert [run.training.output_dir for run in (first, second)] == [str(Path("out/assistant")), "out"]
+    assert {run.objective.objective for run in (first, second)} == {"minilm-v2"}
+
+
+def test_a_finished_assistant_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside, outside = str(Path("out/assistant/checkpoint-2")), str(Path("out/checkpoint-2"))
+
+    def resumed(checkpoint: str) -> list[tuple[str, str | None]]:
+        runs = stages(parse(asked("--resume_from_checkpoint", checkpoint)))
+        return [(str(run.training.output_dir), run.training.resume_from_checkpoint) for run in runs]
+
+    assistant = str(Path("out/assistant"))
+    assert resumed("auto") == [(assistant, "auto"), ("out", "auto")]
+    assert resumed(inside) == [(assistant, inside), ("out", None)]
+    with pytest.raises(ValueError, match=r"checkpoint-2' is a checkpoint of the student, and .* no finished assistant"):
+        resumed(outside)
+    Path("out/assistant").mkdir(parents=True)
+    Path("out/assistant/metrics.json").write_text("{}")
+    assert resumed("auto") == [("out", "auto")]
+    assert resumed(outside) == [("out", outside)]
+    assert len(stages(parse(asked()))) == 2  # which `starting_point` refuses, for the finished run in there
+
+
+def test_a_chain_leaves_both_models_and_says_what_taught_whom(command: CommandLine, teacher: str, data: str) -> None:
+    code, out, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *CHAIN)
+    assert (code, err) == (0, "")
+    sizes = {}
+    for folder in ("out/assistant", "out"):
+        config = AutoModel.from_pretrained(folder).config
+        sizes[folder] = (config.num_hidden_layers, config.hidden_size)
+        assert json.loads(Path(folder, "metrics.json").read_text())["steps"] == 4
+    assert sizes == {"out/assistant": (3, 16), "out": (2, 16)}
+    assert json.loads(Path("out/metrics.json").read_text())["teacher"]["name"] == str(Path("out/assistant"))
+    assert "hint" not in out
+
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *CHAIN)
+    assert code == 1
+    assert "assistant holds a finished run" in err
+
+
+def test_what_the_student_cannot_be_shows_before_the_assistant_is_trained(
+    command: CommandLine, teacher: str, data: str
+) -> None:
+    wrong = [*CHAIN, "--student_num_heads", "3"]
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *wrong)
+    assert code == 2
+    assert "hidden_size 16 is not divisible by num_heads 3" in err
+    assert not Path("out").exists()
+
+
+def test_the_rule_of_the_paper_is_a_hint(command: CommandLine, teacher: str, data: str) -> None:
+    _, out, _ = command("--teacher", teacher, "--data", data, "--output_dir", "out", *RUN)
+    assert "hint       at most half the teacher's layers and width: " in out
+    assert "--assistant_num_layers 4 --assistant_hidden_size 16 (MiniLM, section 3.4)" in out
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_a_dry_run_takes_three_steps_and_leaves_nothing(
+    command: CommandLine, teacher: str, data: str, monkeypatch: pytest.MonkeyPatch, chain: bool
+) -> None:
+    steps = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: (steps.append(1), step(*args, **kwargs))[1])
+    here = {*Path().iterdir(), Path("cache")}
+    flags = [*(CHAIN if chain else RUN), "--max_steps", "1000", "--dry_run"]
+    code, out, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *flags)
+    assert (code, err) == (0, "")
+    assert len(steps) == 3
+    assert set(Path().iterdir()) == here
+    assert re.search(r"^student    [23] layers x 16, 4 heads, \S+ parameters", out, re.MULTILINE)
+    memory = re.search(r"^memory     ([\d.]+) GiB of main memory at its peak", out, re.MULTILINE)
+    assert memory
+    assert 0.1 < float(memory[1]) < 20
+    pace = re.search(r"^time       (\S+) s a step, (\S+) (seconds|minutes|hours) for 1,000 of them", out, re.MULTILINE)
+    assert pace
+    seconds = float(pace[2]) * {"seconds": 1, "minutes": 60, "hours": 3600}[pace[3]]
+    assert seconds == pytest.approx(1000 * float(pace[1]), rel=0.1, abs=31)

@@ -1,0 +1,277 @@
+"""Streams: what is read and by whom, the share of each source, and going on from a state as if never interrupted."""
+
+import itertools
+import json
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+from tiny_text import tiny_tokenizer
+
+from minilm.streams import TextStream
+
+Batch = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def word(number: int) -> str:
+    """Distinct, of letters alone, which the tokenizer tells apart, and some much longer than others."""
+    return "".join(string.ascii_lowercase[int(digit)] for digit in str(number)) + "z" * (8 if number % 7 == 3 else 0)
+
+
+def numbers(batches: Sequence[Batch]) -> list[int]:
+    """The texts of unpacked batches, by their number."""
+    tokenizer = tiny_tokenizer()
+    texts = [
+        tokenizer.decode(ids[mask.bool()][1:-1]).replace(" ##", "").rstrip("z")
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    return [int("".join(str(string.ascii_lowercase.index(letter)) for letter in text)) for text in texts]
+
+
+def write(folder: Path, *sizes: int, first: int = 1) -> str:
+    """A folder with a file of so many texts each; the texts are the words of first, first + 1, ..."""
+    folder.mkdir()
+    count = itertools.count(first)
+    for index, size in enumerate(sizes):
+        text = "".join(f"{word(next(count))}\n" for _ in range(size))
+        (folder / f"{index}.txt").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def stream(*sources: str, **options: Any) -> TextStream:
+    options = {"batch_size": 4, "max_length": 32, "shuffle_buffer": 16, "heldout": 2, **options}
+    return TextStream(sources, tiny_tokenizer(), **options)
+
+
+def take(batches: Iterator[Batch], count: int) -> list[Batch]:
+    return list(itertools.islice(batches, count))
+
+
+def assert_same(actual: Sequence[Batch], expected: Sequence[Batch]) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert one["stream_state"] == other["stream_state"]
+        for name in one.keys() - {"stream_state"}:
+            assert torch.equal(one[name], other[name]), name
+
+
+def test_a_pass_reads_every_text_once_in_another_order_each_time(tmp_path: Path) -> None:
+    texts = stream(write(tmp_path / "a", 30, 32), batch_size=6)  # two held out
+    assert list(texts.heldout["text"]) == [word(1), word(2)]
+    first, second = numbers(take(iter(texts), 10)), numbers(take(iter(texts), 20)[10:])
+    assert sorted(first) == sorted(second) == list(range(3, 63))
+    assert first != second
+    assert first[:8] != sorted(first[:8])
+    starts = [number <= 30 for number in numbers(take(iter(texts), 80)[::10])]
+    assert {True, False} <= set(starts)  # not always the same file first
+    assert numbers(take(iter(stream(write(tmp_path / "b", 30, 32), batch_size=6)), 10)) == first
+    assert numbers(take(iter(stream(str(tmp_path / "b"), batch_size=6, seed=1)), 10)) != first
+
+
+def test_a_block_is_shuffled_within_itself(tmp_path: Path) -> None:
+    order = numbers(take(iter(stream(write(tmp_path / "a", 62), batch_size=4)), 15))
+    assert [sorted(order[start : start + 16]) for start in range(0, 60, 16)] == [
+        list(range(3, 63))[start : start + 16] for start in range(0, 60, 16)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(22, 20, 20, 20), (82,)], ids=["dealt files", "every n-th text"])
+def test_the_readers_of_all_ranks_share_a_pass(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    source = write(tmp_path / "a", *sizes)
+    seen = []
+    for rank in range(2):
+        loader = stream(source, rank=rank, world_size=2, num_workers=2).loader()
+        batches = take(iter(loader), 10)
+        assert [batch["stream_state"]["reader"] for batch in batches] == [2 * rank, 2 * rank + 1] * 5
+        seen += numbers(batches)
+    assert sorted(seen) == list(range(3, 83))
+
+
+def test_blank_lines_do_not_decide_who_reads(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"{word(n)}\n \n" for n in range(1, 35)), encoding="utf-8")
+    loader = stream(str(tmp_path / "a.txt"), num_workers=2, heldout=1).loader()
+    assert len(set(numbers(take(iter(loader), 8)))) == 32
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_other_files_and_columns(tmp_path: Path, kind: str) -> None:
+    rows = datasets.Dataset.from_dict({"id": list(range(42)), "body": [word(n) for n in range(1, 43)]})
+    path = str(tmp_path / f"a.{kind}")
+    rows.to_parquet(path) if kind == "parquet" else rows.to_json(path)
+    loader = stream(path, text_column="body", num_workers=2).loader()
+    assert sorted(numbers(take(iter(loader), 10))) == list(range(3, 43))
+
+
+def test_weights_give_the_share_of_each_source(tmp_path: Path) -> None:
+    small, large = write(tmp_path / "a", 42), write(tmp_path / "b", 342, first=1001)
+    texts = stream(small, large, weights=[3, 1], batch_size=50, heldout=4)
+    assert list(texts.heldout["text"]) == [word(n) for n in (1, 2, 1001)]  # one in twenty of the small source
+    drawn = numbers(take(iter(texts), 20))
+    from_small = [number for number in drawn if number < 1000]
+    assert len(from_small) / len(drawn) == pytest.approx(0.75, abs=0.04)
+    assert len(set(from_small)) == 40
+    repeats = Counter(from_small).values()
+    assert max(repeats) - min(repeats) <= 1
+
+
+def test_without_weights_the_files_of_all_sources_are_one(tmp_path: Path) -> None:
+    texts = stream(write(tmp_path / "a", 21), write(tmp_path / "b", 61, first=22), batch_size=10)
+    assert sorted(numbers(take(iter(texts), 8))) == [*range(2, 22), *range(23, 83)]
+
+
+def test_the_heldout_part_may_end_in_a_later_file(tmp_path: Path) -> None:
+    texts = stream(write(tmp_path / "a", 3, 3, 154), heldout=5, batch_size=31)
+    assert list(texts.heldout["text"]) == [word(n) for n in range(1, 6)]
+    assert sorted(numbers(take(iter(texts), 10))) == sorted(2 * list(range(6, 161)))
+
+
+RESUMED = {
+    "padded": {},
+    "packed": {"packing": True},
+    "weighted": {"weights": [2, 1]},
+    "weighted and packed": {"weights": [2, 1], "packing": True},
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
+def test_a_resumed_stream_goes_on_as_if_never_interrupted(
+    tmp_path: Path, options: dict[str, Any], num_workers: int
+) -> None:
+    sources = write(tmp_path / "a", 12, 20, 10), write(tmp_path / "b", 50, first=1001)
+    options = {**options, "num_workers": num_workers}
+    whole = take(iter(stream(*sources, **options).loader()), 46)
+    assert max(position["epoch"] for position in whole[-1]["stream_state"]["positions"]) >= 1  # it wrapped
+    for stops in [(1,), (7,), (40,), (5, 12)]:
+        states: dict[int, str] = {}
+        actual: list[Batch] = []
+        for stop in (*stops, len(whole)):
+            texts = stream(*sources, **options)
+            texts.load_state([json.loads(state) for state in states.values()])
+            new = take(iter(texts.loader()), stop - len(actual))
+            states |= {batch["stream_state"]["reader"]: json.dumps(batch["stream_state"]) for batch in new}
+            actual += new
+        assert_same(actual, whole)
+
+
+def test_every_position_can_be_gone_on_from(tmp_path: Path) -> None:
+    sources = write(tmp_path / "a", 12, 9), write(tmp_path / "b", 14, first=1001)
+    for options in ({}, {"packing": True, "batch_size": 1, "weights": [1, 1]}):
+        whole = take(iter(stream(*sources, **options)), 30)
+        for number, batch in enumerate(whole[:-2]):
+            texts = stream(*sources, **options)
+            texts.load_state([batch["stream_state"]])
+            assert_same(take(iter(texts), 2), whole[number + 1 : number + 3])
+
+
+def test_a_state_is_not_changed_by_reading_on(tmp_path: Path) -> None:
+    batches = iter(stream(write(tmp_path / "a", 42), packing=True, batch_size=1))
+    state = next(batches)["stream_state"]
+    before = json.dumps(state)
+    take(batches, 5)
+    assert json.dumps(state) == before
+    assert len(before) < 4000
+
+
+def test_packed_batches_hold_every_text_once(tmp_path: Path) -> None:
+    batches = take(iter(stream(write(tmp_path / "a", 142), packing=True, batch_size=2)), 60)
+    assert set(batches[0]) == {
+        *("input_ids", "position_ids", "sequence_ids", "cu_seqlens", "token_index", "stream_state")
+    }
+    assert batches[0]["input_ids"].shape == (2, 32)
+    tokenizer = tiny_tokenizer()
+    found: Counter[str] = Counter()
+    for batch in batches:
+        tokens = batch["input_ids"].flatten()[batch["token_index"]]
+        found.update(tokenizer.decode(tokens[i:j]) for i, j in itertools.pairwise(batch["cu_seqlens"].tolist()))
+    state = batches[-1]["stream_state"]
+    still_held = itertools.chain(*json.loads(state["rows"]))
+    found.update(tokenizer.decode(sequence) for row in still_held for sequence in row)
+    passes = state["positions"][0]["epoch"]
+    assert passes >= 3
+    assert len(found) == 140
+    assert set(found.values()) == {passes, passes + 1}
+    assert found.total() == state["drawn"]
+
+
+def test_a_state_of_another_stream_is_refused(tmp_path: Path) -> None:
+    source, other = write(tmp_path / "a", 60), write(tmp_path / "b", 60)
+    state = next(iter(stream(source)))["stream_state"]
+
+    def refused(match: str, states: list[dict[str, Any]], *sources: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            stream(*(sources or [source]), **options).load_state(states)
+
+    refused(r"its sources is \['.*b'\], the state's \['.*a'\]", [state], other)
+    refused("its seed is 1, the state's 0", [state], seed=1)
+    refused("its packing is True, the state's False", [state], packing=True)
+    refused("its batch_size is 3, the state's 4", [state], batch_size=3)
+    refused("its readers is 2, the state's 1", [state], num_workers=2)
+    refused("its readers is 2, the state's 1", [state], world_size=2)
+    refused(r"its weights is \[1\], the state's None", [state], weights=[1])
+    refused("its files is", [state | {"settings": state["settings"] | {"files": [2]}}])
+
+    two = [batch["stream_state"] for batch in take(iter(stream(source, num_workers=2).loader()), 5)]
+    refused(r"batches \{1: 2\} by reader; on rank 0 after 2 batches .* \{0: 1, 1: 1\}", two[3:4], num_workers=2)
+    refused(r"batches \{0: 3, 1: 1\} by reader", [two[4], two[1]], num_workers=2)
+    ranks = {"world_size": 2, "rank": 1}
+    first_of_rank_0 = next(iter(stream(source, world_size=2)))["stream_state"]
+    refused(r"batches \{0: 1\} by reader; on rank 1 .* \{1: 1\}", [first_of_rank_0], **ranks)
+    stream(source, num_workers=2).load_state(two[3:])
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+    def fails(match: str, source: Path | str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            stream(str(source), **options)
+
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"body": "one", "id": 1}\n' * 9, encoding="utf-8")
+    fails(r"has no column 'text'; choose with --text_column from \['body', 'id'\]", rows)
+    fails("the column 'id' holds 1, not text", rows, text_column="id")
+    fails("there is no file or folder", tmp_path / "missing.txt")
+    fails("cannot load the data 'no/such-name'", "no/such-name")
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"', encoding="utf-8")
+    fails("cannot read the data '.*broken.jsonl': JSON", tmp_path / "broken.jsonl")
+    (tmp_path / "blank.txt").write_text("\n \n", encoding="utf-8")
+    fails("'.*blank.txt' holds no text: all rows of its column 'text' are empty", tmp_path / "blank.txt")
+    (tmp_path / "empty.txt").touch()
+    fails("holds no text: the file is empty", tmp_path / "empty.txt")
+    fails("hold 1 text; at least 2", write(tmp_path / "one", 1))
+    fails("2 weights for 1 sources", rows, weights=[1, 2])
+    fails("batch_size must be at least 1, not 0", rows, batch_size=0)
+    fails("2 texts to train on, fewer than the stream's 3 readers", write(tmp_path / "few", 3), world_size=3)
+
+
+def test_a_reader_that_never_finds_a_text_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = stream(write(tmp_path / "a", 30))
+    (tmp_path / "a" / "0.txt").write_text("\n" * 40, encoding="utf-8")
+    with pytest.raises(ValueError, match="reader 0 of 1 found no text in 100 passes over 1 files"):
+        next(iter(texts))
+
+
+def test_an_empty_file_is_passed_over(tmp_path: Path) -> None:
+    texts = stream(write(tmp_path / "a", 8, 0, 8), world_size=3, rank=2, heldout=1, batch_size=1)
+    epochs = [batch["stream_state"]["positions"][0]["epoch"] for batch in take(iter(texts), 60)]
+    assert any(right - left > 1 for left, right in itertools.pairwise(epochs))
+
+
+def test_the_loader_must_be_the_streams_own(tmp_path: Path) -> None:
+    texts = stream(write(tmp_path / "a", 30))
+    loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(texts, batch_size=None, num_workers=2)
+    with pytest.raises(ValueError, match="the loader has 2 workers, the stream was made for 0"):
+        next(iter(loader))

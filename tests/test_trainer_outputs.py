@@ -1,0 +1,222 @@
+"""The Trainer with an output loss, with packed rows and with images; what it tells of its pace, and its sampler."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from one_step import DEFAULTS, NO_DROPOUT, sequences, trainer
+from tiny_models import tiny_inputs, tiny_model
+from tiny_text import tiny_tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
+
+from minilm import MiniLMLoss, attention_qkv, fused_minilm_loss
+from minilm.objectives import is_causal
+from minilm.packing import PackingCollator, pack
+from minilm.students import build_student
+from minilm.trainer import DistillationModel, DistillationTrainer
+
+T = 2.0
+
+
+def output_trainer(folder: Path, head: str, family: str = "bert", **options: Any) -> DistillationTrainer:
+    config = NO_DROPOUT if family == "bert" else {}
+    teacher = tiny_model(family, head, **config)
+    return DistillationTrainer(
+        teacher=teacher,
+        student=build_student(teacher, num_layers=2, init="random", seed=3, with_head=True),
+        criterion=MiniLMLoss({"qk": 1.0}, causal=is_causal(teacher)),
+        output_weight=0.25,
+        output_temperature=T,
+        args=TrainingArguments(str(folder), **{**DEFAULTS, **options}),
+        train_dataset=sequences(empty=2),
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def expected_step(run: DistillationTrainer, student: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Σ relations / sequences and Σ T² KL(logits) / tokens, from each sequence alone."""
+    relations, outputs, count = [], [], 0
+    for row in sequences():
+        inputs = {"input_ids": torch.tensor([row["input_ids"]])}
+        causal = is_causal(run.teacher)
+        qkv = attention_qkv(run.teacher, inputs), attention_qkv(student, inputs)
+        relations.append(fused_minilm_loss(*qkv, ["qk"], causal=causal, implementation="reference"))
+        p = (run.teacher(**inputs).logits.double() / T).log_softmax(-1).detach()
+        q = (student(**inputs).logits.double() / T).log_softmax(-1)
+        outputs.append(T**2 * F.kl_div(q, p, log_target=True, reduction="sum"))
+        count += len(row["input_ids"])
+    return torch.stack(relations).mean(), torch.stack(outputs).sum() / count
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "ForMaskedLM"), ("llama", "ForCausalLM")])
+@pytest.mark.parametrize(("batch", "accumulation"), [(9, 1), (2, 5)])
+def test_the_output_loss_is_the_mean_over_the_tokens_of_a_step(
+    tmp_path: Path, family: str, head: str, batch: int, accumulation: int
+) -> None:
+    run = output_trainer(
+        tmp_path, head, family, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+    )
+    student = copy.deepcopy(run.student).eval()
+    run.train()
+    relation, output = expected_step(run, student)
+    parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    assert any("head" in name or "cls" in name for name in [*parameters, *student.state_dict()])
+    gradients = torch.autograd.grad(relation + 0.25 * output, list(parameters.values()))
+    trained = dict(run.student.named_parameters())
+    for (name, start), gradient in zip(parameters.items(), gradients, strict=True):
+        torch.testing.assert_close(trained[name], start - gradient, rtol=1e-4, atol=1e-5, msg=name)
+    logged = run.state.log_history[0]
+    assert logged["output"] == pytest.approx(output.item(), rel=1e-4)
+    assert logged["loss"] == pytest.approx(logged["qk"] + 0.25 * logged["output"], rel=1e-5)
+
+
+def test_a_classifiers_output_loss_is_the_mean_over_examples(tmp_path: Path) -> None:
+    teacher = tiny_model("bert", "ForSequenceClassification", num_labels=3, **NO_DROPOUT)
+    student = build_student(teacher, num_layers=2, init="random", seed=3, with_head=True)
+    run = DistillationTrainer(
+        teacher=teacher,
+        student=student,
+        criterion=MiniLMLoss({"qk": 1.0}),
+        output_weight=1.0,
+        args=TrainingArguments(
+            str(tmp_path), **{**DEFAULTS, "per_device_train_batch_size": 3}, gradient_accumulation_steps=3
+        ),
+        train_dataset=sequences(),
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+        processing_class=tiny_tokenizer(),
+    )
+    before = copy.deepcopy(run.student).eval()
+    run.train()
+    outputs = []
+    for row in sequences():
+        inputs = {"input_ids": torch.tensor([row["input_ids"]])}
+        p, q = (model(**inputs).logits.log_softmax(-1) for model in (run.teacher, before))
+        outputs.append(F.kl_div(q, p, log_target=True, reduction="sum"))
+    assert run.state.log_history[0]["output"] == pytest.approx(torch.stack(outputs).mean().item(), rel=1e-4)
+
+
+def test_a_packed_step_is_the_unpadded_step(tmp_path: Path) -> None:
+    """The same sequences in three rows and in seven, two and three micro-batches: the same weights afterwards."""
+    data, students = sequences(), []
+    packed = pack(data, 24)
+    assert len(packed) == 2
+    for train_dataset, collator in ((data, None), (packed, PackingCollator(0, 24))):
+        run = trainer(
+            tmp_path,
+            teacher=tiny_model("bert", **NO_DROPOUT),
+            train_dataset=train_dataset,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=7 if collator is None else 2,
+        )
+        run.data_collator = collator or run.data_collator
+        run.train()
+        students.append(run.student.state_dict())
+        assert run.state.global_step == 1
+    start = trainer(tmp_path, teacher=tiny_model("bert", **NO_DROPOUT)).student.state_dict()
+    moved = max(float((students[0][name] - start[name]).abs().max()) for name in start)
+    assert moved > 1e-3
+    for name, tensor in students[0].items():
+        torch.testing.assert_close(students[1][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_images_train(tmp_path: Path) -> None:
+    teacher = tiny_model("vit")
+    pixels = tiny_inputs(teacher, (1,) * 6)["pixel_values"]
+    data: Any = [{"pixel_values": image} for image in pixels]
+    run = DistillationTrainer(
+        teacher=teacher,
+        student=build_student(teacher, num_layers=2, init="random", seed=3),
+        criterion=MiniLMLoss(),
+        args=TrainingArguments(
+            str(tmp_path), **{**DEFAULTS, "max_steps": 4, "learning_rate": 0.5, "per_device_train_batch_size": 3}
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < before
+    assert run.state.log_history[-1]["eval_qk"] > 0
+
+
+def test_evaluation_weighs_the_output_loss_by_tokens(tmp_path: Path) -> None:
+    run = output_trainer(tmp_path, "ForMaskedLM", per_device_eval_batch_size=2)
+    metrics = run.evaluate(sequences(empty=1))
+    relation, output = expected_step(run, run.student.eval())
+    assert metrics["eval_output"] == pytest.approx(output.item(), rel=1e-4)
+    assert metrics["eval_qk"] == pytest.approx(relation.item(), rel=1e-4)
+
+
+def test_the_log_tells_tokens_per_second_and_the_losss_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    forward = MiniLMLoss.forward
+
+    def slow(self: MiniLMLoss, *args: Any, **kwargs: Any) -> Any:
+        now[0] += 1.0  # of a step that takes 4 seconds
+        return forward(self, *args, **kwargs)
+
+    def rest(module: Any, args: Any, output: Any) -> None:
+        now[0] += 3.0
+
+    monkeypatch.setattr(MiniLMLoss, "forward", slow)
+    run = trainer(tmp_path, max_steps=2, logging_steps=2)
+    run.model.student.embeddings.register_forward_hook(rest)
+    run.train()
+    logged = next(row for row in run.state.log_history if "loss" in row)
+    tokens = sum(len(row["input_ids"]) for row in sequences())
+    assert logged["tokens_per_second"] == pytest.approx(tokens / 4, abs=0.06)
+    assert logged["loss_share"] == 0.25
+
+
+def test_the_backward_of_the_loss_counts_as_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    now = [0.0]
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            now[0] += 5.0
+            return grad
+
+    class Criterion(MiniLMLoss):
+        def forward(self, teacher: Any, student: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(teacher, tuple(Slow.apply(x) for x in student), *args, **kwargs)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    teacher = tiny_model("bert")
+    model = DistillationModel(build_student(teacher, num_layers=2, init="random"), Criterion())
+    inputs = tiny_inputs(teacher)
+    model(attention_qkv(teacher, inputs), **inputs)["loss"].backward()
+    assert model.clock.seconds() == 15.0  # of q, k and v
+    assert model.clock.seconds() == 0.0
+
+
+def test_the_order_of_the_data_is_the_seeds_and_the_epochs_alone(tmp_path: Path) -> None:
+    def orders(**options: Any) -> list[list[int]]:
+        sampler = trainer(tmp_path, **options)._get_train_sampler()
+        drawn = []
+        for epoch in (0, 1):
+            torch.manual_seed(epoch)  # without effect
+            sampler.set_epoch(epoch)
+            drawn.append(list(sampler))
+        return drawn
+
+    assert orders(seed=5) == orders(seed=5)
+    assert orders(seed=5) != orders(seed=6)
+    assert orders(seed=6, data_seed=5) == orders(seed=5)
+    grouped = orders(train_sampling_strategy="group_by_length", per_device_train_batch_size=2)
+    assert all(sorted(order) == list(range(7)) for order in grouped)
+    assert grouped != orders(per_device_train_batch_size=2)
