@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -76,9 +76,10 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     training.dataloader_pin_memory &= training.device.type != "cpu"  # where it does nothing but warn
     if teacher.main_input_name == "pixel_values":
         training.remove_unused_columns = False  # pixels are made of the column "image" when it is read
-        training.train_sampling_strategy = "random"  # images have one size
+        _do_not_group(training)  # images have one size
     if isinstance(inputs.train, TextStream):
         training.ignore_data_skip = True  # the stream goes on by itself from where it was
+        _do_not_group(training)
     trainer = DistillationTrainer(
         teacher=teacher,
         student=student,
@@ -167,6 +168,12 @@ def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
         training.eval_on_start = False
         run.metrics["student"]["name"] = arguments.training.output_dir
         return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
+
+
+def _do_not_group(training: TrainingArguments) -> None:
+    """By length; under both names that transformers 5 has had for it."""
+    training.train_sampling_strategy = "random"
+    training.group_by_length = False  # type: ignore[attr-defined]
 
 
 def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, MiniLMLoss]:

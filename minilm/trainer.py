@@ -286,7 +286,8 @@ class DistillationTrainer(CheckpointingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Of map-style data: seeded by seed and epoch alone, so that a resumed run draws what it would have drawn."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        strategy = self.args.train_sampling_strategy
+        grouped = getattr(self.args, "group_by_length", False)  # until it was renamed within transformers 5
+        strategy = getattr(self.args, "train_sampling_strategy", "group_by_length" if grouped else "random")
         if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

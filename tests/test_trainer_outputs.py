@@ -217,6 +217,7 @@ def test_the_order_of_the_data_is_the_seeds_and_the_epochs_alone(tmp_path: Path)
     assert orders(seed=5) == orders(seed=5)
     assert orders(seed=5) != orders(seed=6)
     assert orders(seed=6, data_seed=5) == orders(seed=5)
-    grouped = orders(train_sampling_strategy="group_by_length", per_device_train_batch_size=2)
+    name = "train_sampling_strategy" if hasattr(TrainingArguments, "train_sampling_strategy") else "group_by_length"
+    grouped = orders(**{name: "group_by_length"}, per_device_train_batch_size=2)
     assert all(sorted(order) == list(range(7)) for order in grouped)
     assert grouped != orders(per_device_train_batch_size=2)
