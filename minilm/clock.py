@@ -28,8 +28,8 @@ class LossClock:
 
     @contextmanager
     def forward(self, tensors: QKV) -> Iterator[None]:
-        """Around the call of the loss on tensors of its device."""
-        if torch.compiler.is_compiling():
+        """Around the call of the loss on tensors of its device; in an evaluation it is not counted."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             yield
             return
         begin = _now(tensors[0])

@@ -103,6 +103,7 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     def encode(rows: dict[str, list[str]]) -> Any:
         return tokenizer(rows["text"], truncation=True, max_length=max_length)
 
+    encode({"text": [""]})  # leaves the truncation set: older `datasets` hash it with the tokenizer, for their cache
     return texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
 
 

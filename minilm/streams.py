@@ -229,8 +229,7 @@ class TextStream(IterableDataset[Batch]):
             num_workers=self.num_workers,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
-            # A loader draws a seed for its workers: from the global generator, a resumed run would draw once more.
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch.Generator(),  # the loader would else advance the global one
         )
 
     def load_state(self, states: Sequence[dict[str, Any]]) -> None:

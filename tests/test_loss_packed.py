@@ -8,6 +8,8 @@ from loss_cases import Case, Inputs, Outcome, build, evaluate
 from torch import Tensor
 
 from minilm_kernels import relation_kl
+from minilm_kernels._allowed import Pattern, allowed_keys, allowed_matrix
+from minilm_kernels._chunked import _blocks
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -120,3 +122,22 @@ def test_prefix_tokens_see_each_other_and_the_rest_sees_back(implementation: str
         log_q = torch.log_softmax(q_s[0, :, i : i + 1].double() @ k_s[0, :, :keys].double().mT / 8**0.5, -1)
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).squeeze(1)
         torch.testing.assert_close(rows[0, :, i].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "batch", "length", "limit"),
+    [
+        (Pattern(cu_seqlens=torch.arange(0, 1001, 40)), 1, 1024, 2.0),
+        (Pattern(attention_mask=torch.arange(512) < torch.tensor([[256], [128], [512], [128]])), 4, 512, 1.0),
+        (Pattern(causal=True), 1, 2048, 1.3),
+    ],
+)
+def test_the_chunked_path_computes_what_may_be_seen(pattern: Pattern, batch: int, length: int, limit: float) -> None:
+    """Each allowed pair once, and few others, as a share of the allowed ones."""
+    bounds = allowed_keys(pattern, "sequence", batch, length, torch.device("cpu"), torch.float32)[0].bounds
+    allowed = allowed_matrix(pattern, batch, length, torch.device("cpu"))
+    computed = torch.zeros(batch, 6, length, length, dtype=torch.int8)
+    for block in _blocks(bounds, torch.empty(batch, 6, length, 8, device="meta")):
+        computed[block] += 1
+    assert (computed.movedim(1, -1)[allowed] == 1).all()
+    assert computed.sum() <= limit * 6 * allowed.sum()

@@ -87,6 +87,7 @@ def test_a_block_is_shuffled_within_itself(tmp_path: Path) -> None:
     assert [sorted(order[start : start + 16]) for start in range(0, 60, 16)] == [
         list(range(3, 63))[start : start + 16] for start in range(0, 60, 16)
     ]
+    assert [number + 16 for number in order[:16]] != order[16:32]
 
 
 @pytest.mark.parametrize("sizes", [(22, 20, 20, 20), (82,)], ids=["dealt files", "every n-th text"])
@@ -268,6 +269,16 @@ def test_an_empty_file_is_passed_over(tmp_path: Path) -> None:
     texts = stream(write(tmp_path / "a", 8, 0, 8), world_size=3, rank=2, heldout=1, batch_size=1)
     epochs = [batch["stream_state"]["positions"][0]["epoch"] for batch in take(iter(texts), 60)]
     assert any(right - left > 1 for left, right in itertools.pairwise(epochs))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generator_is_left_alone(tmp_path: Path, num_workers: int) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = take(iter(stream(write(tmp_path / "a", 42), num_workers=num_workers).loader()), 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert_same(take(iter(stream(str(tmp_path / "a"), num_workers=num_workers).loader()), 5), first)
 
 
 def test_the_loader_must_be_the_streams_own(tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ def test_the_log_tells_tokens_per_second_and_the_losss_share(tmp_path: Path, mon
         now[0] += 3.0
 
     monkeypatch.setattr(MiniLMLoss, "forward", slow)
-    run = trainer(tmp_path, max_steps=2, logging_steps=2)
+    evaluations = {"eval_strategy": "steps", "eval_steps": 1}  # which do not count
+    run = trainer(tmp_path, own={"eval_dataset": sequences()}, max_steps=2, logging_steps=2, **evaluations)
     run.model.student.embeddings.register_forward_hook(rest)
     run.train()
     logged = next(row for row in run.state.log_history if "loss" in row)

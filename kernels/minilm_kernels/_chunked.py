@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minilm_kernels._relations import Relations
 
+MIN_ROWS = 64  # of a block, where packed sequences are shorter
 BLOCK_ELEMENTS = 1 << 19  # scores in a block: the fastest of 2^17 to 2^20 on two CPU cores
 
 
@@ -140,21 +141,33 @@ class _Scratch:
 def _blocks(bounds: Tensor | None, x: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Blocks (batch, heads, rows, keys) of at most about BLOCK_ELEMENTS scores that cover every allowed pair.
 
-    On the CPU the intervals are read, and blocks leave out what no row may see; elsewhere that would synchronise.
+    On the CPU the intervals are read: blocks leave out what no row may see, and end where a packed sequence ends.
+    Elsewhere that would synchronise.
     """
     batch_size, heads, length, _ = x.shape
     readable = bounds is not None and bounds.device.type == "cpu"
     rows = min(length, max(16, BLOCK_ELEMENTS // length))
-    head_step = min(heads, max(1, BLOCK_ELEMENTS // (rows * length)))
-    batch_step = min(batch_size, max(1, BLOCK_ELEMENTS // (heads * rows * length))) if head_step == heads else 1
+    batch_step = min(batch_size, max(1, BLOCK_ELEMENTS // (heads * rows * length)))
     for b in range(0, batch_size, batch_step):
         batch = slice(b, min(b + batch_step, batch_size))
-        start, stop = (0, length) if not readable else _extent(bounds, batch, slice(0, length), 2)
-        for n in range(start, stop, rows):
-            row = slice(n, min(n + rows, stop))
+        n, stop = (0, length) if not readable else _extent(bounds, batch, slice(0, length), 2)
+        while n < stop:
+            row = slice(n, min(n + rows, stop) if not readable else _end_of_rows(bounds, batch, n, min(n + rows, stop)))
             key = slice(0, length) if not readable else slice(*_extent(bounds, batch, row, 0))
+            scores = batch_step * (row.stop - row.start) * max(1, key.stop - key.start)
+            head_step = heads if batch_step > 1 else min(heads, max(1, BLOCK_ELEMENTS // scores))
             for h in range(0, heads, head_step):
                 yield batch, slice(h, min(h + head_step, heads)), row, key
+            n = row.stop
+
+
+def _end_of_rows(bounds: Tensor | None, batch: slice, start: int, stop: int) -> int:
+    """The first end of a packed sequence behind at least MIN_ROWS rows, or `stop`."""
+    assert bounds is not None
+    end = start
+    while end < min(start + MIN_ROWS, stop):
+        end = max(end + 1, int(bounds[3, batch, end].max()))  # behind the last row that sees this key
+    return min(end, stop)
 
 
 def _extent(bounds: Tensor | None, batch: slice, tokens: slice, which: int) -> tuple[int, int]:
