@@ -253,10 +253,11 @@ class TextStream(IterableDataset[Batch]):
         total = sum(batches.values())
         in_turn = {worker: -((worker - total) // self._workers) for worker in range(min(total, self._workers))}
         if batches != in_turn:
-            readers = {state["reader"]: state["batches"] for state in states}
+            given = {first + worker: count for worker, count in batches.items()}
+            wanted = {first + worker: count for worker, count in in_turn.items()}
             raise ValueError(
-                f"cannot resume the stream: the states are of batches {readers} by reader; on rank {self.rank} after "
-                f"{total} batches they must be of { ({first + worker: count for worker, count in in_turn.items()}) }"
+                f"cannot resume the stream: the states are of batches {given} by reader; on rank {self.rank} after "
+                f"{total} batches they must be of {wanted}"
             )
         self._states = {state["reader"] - first: state for state in states}
 

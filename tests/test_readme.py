@@ -3,14 +3,18 @@
 import re
 from pathlib import Path
 
+import datasets
+import pytest
 import torch
+from transformers import AutoModel
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_loop_runs_and_trains_the_student() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = EXAMPLES[0]
     assert len(code.splitlines()) <= 21
     torch.manual_seed(0)
     names: dict[str, object] = {}
@@ -20,6 +24,19 @@ def test_loop_runs_and_trains_the_student() -> None:
     word_embeddings = student.get_parameter("embeddings.word_embeddings.weight")
     assert word_embeddings.grad is not None
     assert word_embeddings.grad.norm() > 0
+
+
+def test_trainer_example_runs_and_saves_the_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets.disable_progress_bars()
+    code = EXAMPLES[1].replace('report_to="none"', 'report_to="none", use_cpu=True, disable_tqdm=True')
+    names: dict[str, object] = {}
+    exec(compile(code.replace("docstrings()[:64]", "['some text', 'and more']"), "README.md", "exec"), names)
+    datasets.enable_progress_bars()
+    student = AutoModel.from_pretrained(tmp_path / "student")
+    assert (student.config.num_hidden_layers, student.config.hidden_size) == (3, 192)
+    assert len(EXAMPLES) == 2
 
 
 def test_file_tree_names_every_module() -> None:
