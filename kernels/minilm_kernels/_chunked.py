@@ -155,7 +155,7 @@ def _blocks(bounds: Tensor | None, x: Tensor) -> Iterator[tuple[slice, slice, sl
             row = slice(n, min(n + rows, stop) if not readable else _end_of_rows(bounds, batch, n, min(n + rows, stop)))
             key = slice(0, length) if not readable else slice(*_extent(bounds, batch, row, 0))
             scores = batch_step * (row.stop - row.start) * max(1, key.stop - key.start)
-            head_step = heads if batch_step > 1 else min(heads, max(1, BLOCK_ELEMENTS // scores))
+            head_step = -(-heads // -(-heads * scores // BLOCK_ELEMENTS))  # equal shares
             for h in range(0, heads, head_step):
                 yield batch, slice(h, min(h + head_step, heads)), row, key
             n = row.stop
