@@ -26,7 +26,6 @@ from _results import RESULTS, ROOT, device_slug
 PART_SECONDS = 530  # a part is ended then, whatever it does
 MEASURE_SECONDS = 450  # a benchmark starts nothing new after this
 PARTS = ("tests", "bench", "step", "profile")
-GPU_TESTS = "test_loss_*.py"  # they run natively on CUDA where there is one
 NCU = ("ncu", "--profile-from-start", "off", "--clock-control", "none", "--set", "detailed", "--force-overwrite")
 
 
@@ -35,11 +34,16 @@ def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
     python, bench = sys.executable, ROOT / "bench"
     options = ["--out", str(RESULTS), "--seconds", str(MEASURE_SECONDS), *(["--commit", commit] if commit else [])]
     if part == "tests":
-        return [[python, "-m", "pytest", "-q", *sorted(map(str, (ROOT / "tests").glob(GPU_TESTS)))]]
+        files = [*(ROOT / "tests").glob("test_loss_*.py"), ROOT / "tests" / "test_outputs.py"]
+        return [[python, "-m", "pytest", "-q", *sorted(map(str, files))]]  # natively on CUDA where there is one
     if part == "bench":
         return [[python, str(bench / "loss_bench.py"), *options]]
     if part == "step":
-        return [[python, str(bench / "step_bench.py"), *options]]
+        commit_option = ["--commit", commit] if commit else []
+        return [
+            [python, str(bench / "truncation_bench.py"), "--out", str(RESULTS), *commit_option],
+            [python, str(bench / "step_bench.py"), *options],
+        ]
     report = str(out / "kernels.ncu-rep")
     return [
         [*NCU, "--export", report, python, str(bench / "profile_kernels.py")],
@@ -109,7 +113,7 @@ def copy_results(results: Path, out: Path, slug: str) -> list[Path]:
     """Copies this device's tables and plots; returns the copies."""
     if out == results:
         return []
-    patterns = (f"*_bench_{slug}.csv", f"*_bench_{slug}_*.png")
+    patterns = (f"*_bench_{slug}.csv", f"*_bench_{slug}_*.png", f"truncation_{slug}.csv")
     return [Path(shutil.copy2(file, out)) for pattern in patterns for file in sorted(results.glob(pattern))]
 
 

@@ -24,10 +24,10 @@ from minilm.students import freeze_unused
 
 BASE = BertConfig()
 LARGE = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-CASES = {  # teacher, its layer, the student's layers and width
-    "BERT-base, layer 12, to 6x384": (BASE, 12, 6, 384),
-    "BERT-base, layer 12, to 3x384": (BASE, 12, 3, 384),
-    "BERT-large, layer 21, to 6x384": (LARGE, 21, 6, 384),
+CASES = {  # teacher, its layer, relation heads, the student's layers and width
+    "BERT-base, layer 12, to 6x384": (BASE, 12, 48, 6, 384),
+    "BERT-base, layer 12, to 3x384": (BASE, 12, 48, 3, 384),
+    "BERT-large, layer 21, to 6x384": (LARGE, 21, 64, 6, 384),
 }
 COLUMNS = ("case", "part", "B", "N", "whole_ms", "stopped_ms", "saved_pct", "gpu", "torch", "commit", "date")
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch, length = (32, 512) if device == "cuda" else (2, 128)
     where = environment(device, args.commit)
     rows = []
-    for case, (config, layer, layers, width) in CASES.items():
+    for case, (config, layer, relation_heads, layers, width) in CASES.items():
         teacher = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
         student = build_student(teacher, num_layers=layers, hidden_size=width, init="random", seed=0).train()
         freeze_unused(student, ("qq", "kk", "vv"))
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         teacher.to(device, dtype)
         student.to(device)
         ids = torch.randint(config.vocab_size, (batch, length), device=device)
-        for part, works in _parts(teacher, layer, student, ids).items():
+        for part, works in _parts(teacher, layer, student, relation_heads, ids).items():
             whole, stopped = (timing.p50 for timing in time_ms(works, device))
             saved = round(100 * (1 - stopped / whole), 1)
             values = (case, part, batch, length, round(whole, 2), round(stopped, 2), saved)
@@ -65,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parts(teacher: PreTrainedModel, layer: int, student: PreTrainedModel, ids: Tensor) -> dict[str, list[Work]]:
+def _parts(
+    teacher: PreTrainedModel, layer: int, student: PreTrainedModel, relation_heads: int, ids: Tensor
+) -> dict[str, list[Work]]:
     """For each part of a step the work whole and stopped."""
-    criterion = MiniLMLoss(("qq", "kk", "vv"), relation_heads=48)
+    criterion = MiniLMLoss(("qq", "kk", "vv"), relation_heads=relation_heads)
 
     def qkv(model: PreTrainedModel, layer: int, stop: bool) -> tuple[Tensor, Tensor, Tensor]:
         with capture(model, (layer,), stop=stop) as captured:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
@@ -22,6 +23,7 @@ import _results
 import loss_bench
 import run_gpu
 import step_bench
+import truncation_bench
 from _cases import FAMILIES, Case, Triple, as_leaves, make_inputs, select_cases
 from _exact import exact, is_wrong, outcome, rel_error
 from _floor import Rates, floor_ms
@@ -452,6 +454,20 @@ def test_run_gpu_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert not (tmp_path / "out").exists()
 
 
+def test_truncation_bench_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+    """Of eight layers, six are above the teacher's second: most of its forward is saved."""
+    tiny = BertConfig(vocab_size=99, hidden_size=96, num_hidden_layers=8, num_attention_heads=4, intermediate_size=384)
+    monkeypatch.setattr(truncation_bench, "CASES", {"tiny": (tiny, 2, 4, 2, 48)})
+    assert truncation_bench.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
+    rows = list(csv.DictReader((tmp_path / "truncation_cpu.csv").open()))
+    assert [(row["case"], row["part"], row["commit"]) for row in rows] == [
+        ("tiny", "teacher", "abc"),
+        ("tiny", "step", "abc"),
+    ]
+    assert float(rows[0]["saved_pct"]) > 40
+    assert float(rows[0]["stopped_ms"]) < float(rows[0]["whole_ms"])
+
+
 def test_run_gpu_runs_files_that_exist(tmp_path: Path) -> None:
     for part in run_gpu.PARTS:
         for command in run_gpu.commands(part, tmp_path, "abc"):
@@ -488,7 +504,7 @@ def test_run_gpu_copies_this_devices_results(tmp_path: Path) -> None:
     results, out = tmp_path / "results", tmp_path / "out"
     results.mkdir()
     out.mkdir()
-    names = {"loss_bench_h200.csv", "step_bench_h200.csv", "loss_bench_h200_time.png"}
+    names = {"loss_bench_h200.csv", "step_bench_h200.csv", "loss_bench_h200_time.png", "truncation_h200.csv"}
     for name in [*names, "loss_bench_cpu.csv", "static_report.csv"]:
         (results / name).write_text(name)
     assert {path.name for path in run_gpu.copy_results(results, out, "h200")} == names

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, CLIPConfig,
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from minilm import fused_minilm_loss
 from minilm._capture import QKV, attention_qkv, capture, num_layers, resolve_layer
 
 # The modules whose outputs become q, k and v, and whether rotary position follows.
@@ -449,3 +450,25 @@ def test_other_things_are_refused() -> None:
     assert len(attention_qkv(bart.get_encoder(), tiny_inputs(bart))) == 3
     with pytest.raises(ValueError, match="CLIPConfig has no num_hidden_layers"):
         num_layers(CLIPConfig())
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert", "llama", "vit"])
+def test_stopping_changes_no_gradient(family: str) -> None:
+    """The relations' gradients with both models run to their ends, and with both stopped: the same bits."""
+    teacher, student = tiny_model(family), tiny_model(family, seed=1)
+    inputs = tiny_inputs(teacher)
+    mask = inputs.get("attention_mask")
+    gradients = []
+    for stop in (False, True):
+        with capture(teacher, [3], stop=stop) as of_teacher, torch.no_grad():
+            teacher(**inputs)
+        with capture(student, [-1], stop=stop) as of_student:
+            student(**inputs)
+        loss = fused_minilm_loss(of_teacher[3], of_student[-1], ("qk", "vv"), attention_mask=mask)
+        parameters = list(student.parameters())
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    whole, stopped = gradients
+    assert sum(g is not None for g in whole) > 10
+    for expected, gradient in zip(whole, stopped, strict=True):
+        assert (expected is None) == (gradient is None)
+        assert expected is None or torch.equal(expected, gradient)
