@@ -459,7 +459,7 @@ def test_truncation_bench_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tiny = BertConfig(vocab_size=99, hidden_size=96, num_hidden_layers=8, num_attention_heads=4, intermediate_size=384)
     monkeypatch.setattr(truncation_bench, "CASES", {"tiny": (tiny, 2, 4, 2, 48)})
     assert truncation_bench.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
-    rows = list(csv.DictReader((tmp_path / "truncation_cpu.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "truncation_cpu.csv").read_text().splitlines()))
     assert [(row["case"], row["part"], row["commit"]) for row in rows] == [
         ("tiny", "teacher", "abc"),
         ("tiny", "step", "abc"),
