@@ -247,10 +247,18 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         parser.error(str(error))
     if unknown:
         parser.error(_unknown(unknown, parser))
-    if not demo and (problem := _missing(given)):
+    if problem := _of_data_alone(given) if demo else _missing(given):
         parser.error(problem)
     model, data, objective, run, training = parsed
     return Arguments(model, data, objective, run, training, demo)
+
+
+def _of_data_alone(given: Any) -> str | None:
+    """What the demonstration, whose text is fixed, has no use for."""
+    for flag in ("streaming", "data_weights", "data_config"):
+        if getattr(given, flag):
+            return f"--{flag} is given without --data"
+    return None
 
 
 def _missing(given: Any) -> str | None:

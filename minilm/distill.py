@@ -59,8 +59,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     with_output = objective.output_weight > 0
-    name = str(teacher_folder() if arguments.demo else model.teacher)
-    teacher, processor = load_teacher(name, head=with_output)
+    teacher, processor = load_teacher(model.teacher or str(teacher_folder()), head=with_output)
     student, criterion = _student_and_objective(arguments, teacher)
     if following is not None:
         _student_and_objective(following, student)
@@ -101,7 +100,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         "is_assistants": arguments.is_assistants,
         "processor": "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
-        "teacher": {"name": TEACHER_NAME if arguments.demo else model.teacher, **_sizes(teacher)},
+        "teacher": {"name": model.teacher or TEACHER_NAME, **_sizes(teacher)},
         "student": {"name": training.output_dir, **_sizes(student)},
         "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
         "data": inputs.description

@@ -11,6 +11,7 @@ if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it under deterministic algorithms
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub, and asking in vain takes many seconds
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make gradcheck four times slower
 
 

@@ -15,6 +15,7 @@ from minilm.runs import starting_point
 from minilm.trainer import DistillationTrainer
 
 FEW = ["--per_device_train_batch_size", "4", "--max_length", "12", "--logging_steps", "2", "--disable_tqdm", "true"]
+SLICE = ["--student_init", "slice"]
 SMALL = ["--student_num_layers", "2", "--max_steps", "4", *FEW, "--use_cpu"]
 
 
@@ -174,6 +175,14 @@ def test_mistakes_are_one_line_and_exit_code_2(command: CommandLine, teacher: st
     fails("logging_steps", *rest, "--logging_steps", "0")
     fails("--data is given without --teacher", "--data", data)
     fails("--teacher is given without --data", "--teacher", teacher)
+    fails("--streaming is given without --data", "--streaming")
+    fails("--data_weights is given without --data", "--data_weights", "1", "2")
+    fails("--data_weights has 2 numbers for 1 --data", *rest, "--data_weights", "1", "2")
+    fails("--streaming needs --max_steps, which is -1: a stream has no end", *rest, "--max_steps", "-1", "--streaming")
+    fails("--output_weight is -1.0: it must not be negative", *rest, "--output_weight", "-1")
+    fails("has no trained head (it was saved as BertModel): leave out --output_weight", *rest, "--output_weight", "1")
+    fails("there is no recipe or file 'minilm-v3'", *rest, "--recipe", "minilm-v3")
+    fails("init 'slice' cannot widen hidden_size from 32 to 64", *rest, "--student_hidden_size", "64", *SLICE)
     fails("--output_dir is missing", "--teacher", teacher, "--data", data)
     fails("the student's size is missing", "--teacher", teacher, "--data", data, "--output_dir", "out")
 

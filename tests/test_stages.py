@@ -31,13 +31,14 @@ def test_without_an_assistant_there_is_one_run() -> None:
 
 
 def test_the_assistant_learns_first_and_teaches_then() -> None:
-    first, second = stages(parse(asked("--teacher_layer", "3", "--objective", "minilm-v2")))
+    first, second = stages(parse(asked("--teacher_layer", "3", "--objective", "minilm-v2", "--student_init", "layers")))
     assert (first.model.teacher, first.model.teacher_layer) == ("t", 3)
     assert (first.model.student_num_layers, first.model.student_hidden_size) == (3, 16)
     assert (second.model.teacher, second.model.teacher_layer) == (str(Path("out/assistant")), -1)
     assert (second.model.student_num_layers, second.model.student_hidden_size) == (2, 16)
     assert [run.training.output_dir for run in (first, second)] == [str(Path("out/assistant")), "out"]
     assert {run.objective.objective for run in (first, second)} == {"minilm-v2"}
+    assert (first.model.student_init, second.model.student_init) == ("auto", "layers")
 
 
 def test_a_finished_assistant_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
