@@ -236,9 +236,12 @@ def _evaluations(trainer: DistillationTrainer) -> list[dict[str, Any]]:
 
 
 def _pace(trainer: DistillationTrainer) -> dict[str, float]:
-    """Means over the log; empty where nothing was logged."""
-    rows = [row for row in trainer.state.log_history if "loss_share" in row]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in ("tokens_per_second", "loss_share") if rows}
+    """Means over the log of what was logged."""
+    logged: dict[str, list[float]] = {}
+    for row in trainer.state.log_history:
+        for name in {"tokens_per_second", "images_per_second", "loss_share"} & row.keys():
+            logged.setdefault(name, []).append(row[name])
+    return {name: sum(values) / len(values) for name, values in logged.items()}
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:

@@ -4,7 +4,11 @@ from typing import Any
 
 from transformers import ProgressCallback
 
-SHOWN = {"tokens_per_second": "{:,.0f} tokens/s", "loss_share": "{:.0%} in the loss"}
+SHOWN = {
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "images_per_second": "{:,.0f} images/s",
+    "loss_share": "{:.0%} in the loss",
+}
 
 
 class DistillationProgress(ProgressCallback):

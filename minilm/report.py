@@ -169,10 +169,10 @@ def _data(data: Metrics) -> str:
 
 
 def _pace(metrics: Metrics) -> str:
-    if not metrics["training"]:
-        return ""
-    pace, share = metrics["training"]["tokens_per_second"], metrics["training"]["loss_share"]
-    return f" at {_rate(pace)} tokens a second, {share:.1%} of the time in the relation loss"
+    pace = dict(metrics["training"])
+    share = pace.pop("loss_share", None)
+    rates = [f" at {_rate(value)} {name.removesuffix('_per_second')} a second" for name, value in pace.items()]
+    return "".join(rates) + ("" if share is None else f", {share:.1%} of the time in the relation loss")
 
 
 def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:

@@ -128,8 +128,9 @@ class DistillationTrainer(CheckpointingTrainer):
         options: those of `transformers.Trainer`: train_dataset (also a `TextStream`), eval_dataset, processing_class,
             data_collator, ...
 
-    Logged in training beside the Trainer's own: each relation, "output", "tokens_per_second" over all processes, and
-    "loss_share", the part of a step's time that the relation loss takes. Evaluation gives "eval_loss", the weighted
+    Logged in training beside the Trainer's own: each relation, "output", "tokens_per_second" (of images
+    "images_per_second") over all processes, and, but for compiled models, "loss_share", the part of a step's time that
+    the relation loss takes. Evaluation gives "eval_loss", the weighted
     sum, and "eval_<relation>" and "eval_output", unweighted means over the sequences. What is saved is the student
     alone, as `AutoModel.from_pretrained` loads it.
 
@@ -206,7 +207,7 @@ class DistillationTrainer(CheckpointingTrainer):
                 self._stream_states[state["reader"]] = state
             counts += torch.stack([*self._counts(batch), count_tokens(batch)]).to(device)
         counts = self.accelerator.reduce(counts, "sum")
-        self._add({"tokens": counts[2]})
+        self._add({"sequences": counts[0], "tokens": counts[2]})
         return batches, counts[:2]
 
     def compute_loss(
@@ -274,12 +275,14 @@ class DistillationTrainer(CheckpointingTrainer):
         """As the Trainer's, with the mean of each part since the last log, and the pace."""
         if "loss" in logs and self._sums:
             steps, seconds = self.state.global_step - self._sums_from, self._step_clock.seconds()
-            tokens = self._sums.pop("tokens")
             means = self.accelerator.reduce(torch.stack([self._sums[part] for part in self.parts]) / steps, "mean")
             logs.update(zip(self.parts, means.tolist(), strict=True))
             if seconds:
-                logs["tokens_per_second"] = round(tokens.item() / seconds, 1)
-                logs["loss_share"] = round(self._clock.seconds() / seconds, 4)
+                unit = "tokens" if self._sums["tokens"] else "images"
+                count = self._sums["tokens" if unit == "tokens" else "sequences"]
+                logs[f"{unit}_per_second"] = round(count.item() / seconds, 1)
+                if of_loss := self._clock.seconds():
+                    logs["loss_share"] = round(of_loss / seconds, 4)
             self._sums = {}
         super().log(logs, start_time)
 
@@ -327,6 +330,9 @@ class DistillationTrainer(CheckpointingTrainer):
         self.student.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None when pushing to the hub: the Trainer's would replace the one that the report writes."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # shards of the wrapper

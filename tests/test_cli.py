@@ -284,6 +284,28 @@ def test_the_newest_complete_checkpoint_is_the_one_to_continue_from(tmp_path: Pa
     assert starting_point(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
 
 
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    command: CommandLine, teacher: str, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, "--save_steps", "1"]
+    command(*arguments)
+    Path("out/metrics.json").unlink()  # as if it had not come to its end
+    weights = Path("out/checkpoint-4/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    optimizer = Path("out/checkpoint-3/optimizer.pt")
+    optimizer.write_bytes(optimizer.read_bytes()[:100])
+    code, _, err = command(*arguments, "--resume_from_checkpoint", str(Path("out/checkpoint-3")))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "checkpoint-3' is no complete checkpoint: optimizer.pt has 100 bytes, not " in err
+    optimizer.unlink()
+    (Path("out/checkpoint-3") / "trainer_state.json").unlink()
+    code, _, _ = command(*arguments, "--resume_from_checkpoint", "auto")
+    assert code == 0
+    assert "checkpoint-4 is damaged: model.safetensors has changed since it was written" in caplog.text
+    assert "starting from the beginning" in caplog.text
+    assert json.loads(Path("out/metrics.json").read_text())["steps_before_resuming"] == 0
+
+
 def test_auto_starts_from_the_teachers_layers(command: CommandLine, teacher: str, data: str) -> None:
     command("--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, "--learning_rate", "0")
     student, original = AutoModel.from_pretrained("out"), AutoModel.from_pretrained(teacher)

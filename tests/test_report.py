@@ -156,3 +156,12 @@ def test_speed_counts_sequences_and_their_tokens_after_a_warm_up(monkeypatch: py
     assert measure_speed(model, batches, 3.0) == {"sequences_per_second": 8 / 3, "tokens_per_second": 28 / 3}
     assert clock[0] == 4  # the warm-up, and the first batch again after the second
     assert model.training
+
+
+def test_the_pace_is_told_where_it_is_known() -> None:
+    def told(training: dict[str, float]) -> str:
+        return report_markdown(Path("out"), {**METRICS, "training": training}).splitlines()[2]
+
+    assert "on cpu at 54,321 tokens a second, 6.2% of the time in the relation loss; from" in told(METRICS["training"])
+    assert "on cpu at 12.5 images a second; from" in told({"images_per_second": 12.5})
+    assert "on cpu; from" in told({})

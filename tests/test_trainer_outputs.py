@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
 from minilm import MiniLMLoss, attention_qkv, fused_minilm_loss
+from minilm.batches import model_inputs
 from minilm.objectives import is_causal
 from minilm.packing import PackingCollator, pack
 from minilm.students import build_student
@@ -222,3 +223,35 @@ def test_the_order_of_the_data_is_the_seeds_and_the_epochs_alone(tmp_path: Path)
     grouped = orders(**{name: "group_by_length"}, per_device_train_batch_size=2)
     assert all(sorted(order) == list(range(7)) for order in grouped)
     assert grouped != orders(per_device_train_batch_size=2)
+
+
+def test_prefixes_in_the_data_reach_both_models_and_the_loss(tmp_path: Path) -> None:
+    data = sequences()
+    prefixed = data.add_column("prefix_lengths", [3, 4, 1, 2, 6, 0, 5])
+    losses = []
+    for train_dataset in (prefixed, data):
+        run = trainer(
+            tmp_path,
+            teacher=tiny_model("llama"),
+            criterion=MiniLMLoss(causal=True),
+            train_dataset=train_dataset,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=3,
+        )
+        student = copy.deepcopy(run.student).eval()
+        run.train()
+        losses.append(run.state.log_history[0]["loss"])
+    expected = []
+    for row in prefixed:
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask", "prefix_lengths")}
+        qkv = [attention_qkv(model, model_inputs(model, batch, True)) for model in (run.teacher, student)]
+        prefix = batch["prefix_lengths"]
+        expected.append(fused_minilm_loss(*qkv, causal=True, prefix_lengths=prefix, implementation="reference"))
+    assert losses[0] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-2)
+
+
+def test_pushing_keeps_the_reports_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("ours")
+    trainer(tmp_path).create_model_card(model_name="student")
+    assert (tmp_path / "README.md").read_text() == "ours"
