@@ -276,9 +276,11 @@ def _missing(given: Any) -> str | None:
         return f"--streaming needs --max_steps, which is {given.max_steps}: a stream has no end"
     if given.data_weights is not None and len(given.data_weights) != len(given.data):
         return f"--data_weights has {len(given.data_weights)} numbers for {len(given.data)} --data"
-    for name in ("output_weight", "output_temperature", "relation_temperature"):
-        if getattr(given, name) < 0:
-            return f"--{name} is {getattr(given, name)}: it must not be negative"
+    if given.output_weight < 0:
+        return f"--output_weight is {given.output_weight}: it must not be negative"
+    for name in ("output_temperature", "relation_temperature"):
+        if not getattr(given, name) > 0:
+            return f"--{name} is {getattr(given, name)}: it must be positive"
     return None
 
 

@@ -86,7 +86,7 @@ class CheckpointingTrainer(Trainer):
         if resume_from_checkpoint is True and os.path.isdir(output):
             resume_from_checkpoint = get_last_checkpoint(output) or True  # type: ignore[no-untyped-call]
         if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
-            self._load_rank_state(Path(resume_from_checkpoint))
+            self.load_rank_state(Path(resume_from_checkpoint))
         if self.args.should_save:
             shutil.rmtree(os.path.join(output, ASIDE), ignore_errors=True)
         self.stopped_by = self._saved_step = None
@@ -179,7 +179,10 @@ class CheckpointingTrainer(Trainer):
             path = Path(output_dir, f"rank_state_{self.args.process_index}.json")
             path.write_text(json.dumps(content), encoding="utf-8")
 
-    def _load_rank_state(self, checkpoint: Path) -> None:
+    def load_rank_state(self, checkpoint: Path) -> None:
+        """Gives this rank's part of a checkpoint to `restore_rank_state`, as `train` does. Raises `ValueError` if it
+        was saved by another number of ranks.
+        """
         saved = {path.name: json.loads(path.read_text("utf-8")) for path in checkpoint.glob("rank_state_*.json")}
         for content in saved.values():
             if content["processes"] != self.args.world_size:

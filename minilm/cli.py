@@ -1,7 +1,8 @@
 """`minilm-train`: distil a Transformer with one command; with no teacher and no data, the embedded demonstration."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 NEEDED = ("transformers", "datasets", "accelerate", "matplotlib")
@@ -22,25 +23,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minilm.checkpoints import CheckpointError
     from minilm.distill import dry_run, prepare, train
     from minilm.report import overview
-    from minilm.runs import OccupiedError
     from minilm.stages import stages
 
     arguments = parse(argv)
+    main_process = arguments.training.should_save
     try:
-        todo = stages(arguments)
-        if arguments.run.dry_run:
-            print(dry_run(*todo))
-            return 0
-        run = prepare(*todo)
-    except (OccupiedError, ModuleNotFoundError, FileNotFoundError) as error:
-        return _fail(str(error), 1)
-    except ValueError as error:
-        return _fail(str(error), 2)
-    if arguments.demo and arguments.training.should_save:
-        print("Neither --teacher nor --data: this is the demonstration. For your own, see minilm-train --help.\n")
-    try:
+        with _refusals():
+            todo = stages(arguments)
+            if arguments.run.dry_run:
+                told = dry_run(*todo)
+                if main_process:
+                    print(told)
+                return 0
+            run = prepare(*todo)
+        if arguments.demo and main_process:
+            print("Neither --teacher nor --data: this is the demonstration. For your own, see minilm-train --help.\n")
         for following in [*todo[1:], None]:
-            if arguments.training.should_save:
+            if main_process:
                 print(overview(run.metrics), flush=True)
             report = train(run)
             if signal := run.trainer.stopped_by:
@@ -48,12 +47,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             if report:
                 print(f"\n{report}")
             if following:
-                run = prepare(following)
+                with _refusals():
+                    run = prepare(following)
+        run.trainer.accelerator.end_training()
+    except _RefusedError as error:
+        return _fail(str(error), error.code)
     except CheckpointError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {CONTINUE}, if there is one", 130)
     return 0
+
+
+class _RefusedError(Exception):
+    """What is asked for cannot be had, in one sentence."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Around what checks and builds: its errors are the user's, those of training are not."""
+    from minilm.runs import OccupiedError
+
+    try:
+        yield
+    except (OccupiedError, ModuleNotFoundError, FileNotFoundError) as error:
+        raise _RefusedError(str(error), 1) from error
+    except ValueError as error:
+        raise _RefusedError(str(error), 2) from error
 
 
 def _fail(message: str, code: int) -> int:

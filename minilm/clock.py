@@ -20,16 +20,17 @@ Moment = float | torch.cuda.Event
 
 
 class LossClock:
-    """Adds up the time between pairs of moments; silent under torch.compile, where no one can look inside."""
+    """Adds up the time between pairs of moments, if enabled; not under torch.compile, where no one can look inside."""
 
     def __init__(self) -> None:
+        self.enabled = False  # who enables it must ask for the seconds again and again, or moments pile up
         self._spans: list[tuple[Moment, Moment]] = []
         self._backward: tuple[Moment, Moment] | None = None
 
     @contextmanager
     def forward(self, tensors: QKV) -> Iterator[None]:
         """Around the call of the loss on tensors of its device; in an evaluation it is not counted."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not self._watches() or not torch.is_grad_enabled():
             yield
             return
         begin = _now(tensors[0])
@@ -38,7 +39,7 @@ class LossClock:
 
     def backward(self, loss: Tensor, student: QKV) -> None:
         """Watches the backward from the loss to the student's tensors."""
-        if torch.compiler.is_compiling() or not loss.requires_grad:
+        if not self._watches() or not loss.requires_grad:
             return
         loss.register_hook(self._begin)
         for tensor in student:
@@ -50,6 +51,9 @@ class LossClock:
         self._close()
         spans, self._spans = self._spans, []
         return sum(_seconds(begin, end) for begin, end in spans)
+
+    def _watches(self) -> bool:
+        return self.enabled and not torch.compiler.is_compiling()
 
     def _begin(self, gradient: Tensor) -> None:
         self._close()

@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, Tr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from minilm._capture import QKV, attention_qkv, num_layers
+from minilm._capture import QKV, attention_qkv, num_layers, resolve_layer
 from minilm.arguments import Arguments
 from minilm.batches import check_packable
 from minilm.demo import TEACHER_NAME, teacher_folder
@@ -28,7 +28,7 @@ from minilm.speed import measure_speed
 from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, probe_inputs
 from minilm.teachers import load_teacher
-from minilm.trainer import DistillationTrainer
+from minilm.trainer import DistillationTrainer, check_arguments
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
 
@@ -57,10 +57,17 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     output = Path(str(training.output_dir))
     checkpoint = starting_point(output, training.resume_from_checkpoint)
 
+    if following is not None:
+        starting_point(Path(str(following.training.output_dir)), following.training.resume_from_checkpoint)
+    check_arguments(training)
+
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     with_output = objective.output_weight > 0
     teacher, processor = load_teacher(model.teacher or str(teacher_folder()), head=with_output)
     student, criterion = _student_and_objective(arguments, teacher)
+    identity = _identity(arguments, criterion, teacher, student)
+    if checkpoint:
+        check_same_run(checkpoint, identity)
     if following is not None:
         _student_and_objective(following, student)
     if arguments.data.packing:
@@ -113,9 +120,9 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         else training.device.type,
         "arguments": _as_dict(arguments),
     }
-    trainer.run_identity = _identity(metrics)
+    trainer.run_identity = identity
     if checkpoint:
-        check_same_run(checkpoint, trainer.run_identity)
+        trainer.load_rank_state(checkpoint)  # here, where what does not fit is told before any work
     return Run(trainer, checkpoint, metrics)
 
 
@@ -153,9 +160,9 @@ def train(run: Run) -> str | None:
             "speed_batch": args.per_device_eval_batch_size,
         }
         report = write_report(Path(str(args.output_dir)), metrics, trainer.state.log_history)
-        if args.push_to_hub:
-            trainer.push_to_hub()
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()  # the next run's teacher may be what was written
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return report
 
 
@@ -218,13 +225,30 @@ def _probe(
         )
 
 
-def _identity(metrics: Metrics) -> dict[str, Any]:
-    """What a run cannot change when it is continued; where it runs and how long it goes on it can."""
-    arguments = metrics["arguments"]
-    sizes = {"student": {name: size for name, size in metrics["student"].items() if name != "name"}}
-    same = ("teacher", "objective", "relations", "relation_heads", "output_weight", "teacher_layer")
-    given = ("data", "data_weights", "streaming", "packing", "max_length", "seed")
-    return {name: metrics[name] for name in same} | sizes | {name: arguments[name] for name in given}
+def _identity(
+    arguments: Arguments, criterion: MiniLMLoss, teacher: PreTrainedModel, student: PreTrainedModel
+) -> dict[str, Any]:
+    """What a run cannot change when it is continued; where it runs, how fast and how long it goes on it can."""
+    own = _as_dict(arguments)
+    same = ("objective", "relation_temperature", "output_weight", "output_temperature", "student_intermediate_size")
+    of_data = (
+        "data",
+        "data_config",
+        "data_weights",
+        "text_column",
+        "image_column",
+        "streaming",
+        "packing",
+        "max_length",
+    )
+    return {
+        "teacher": {"name": arguments.model.teacher or TEACHER_NAME, **_sizes(teacher)},
+        "student": _sizes(student),
+        "teacher_layer": resolve_layer(teacher, arguments.model.teacher_layer),
+        "relations": criterion.relations,
+        "relation_heads": criterion.relation_heads,
+        **{name: own[name] for name in (*same, *of_data, "seed", "data_seed")},
+    }
 
 
 def _as_dict(arguments: Arguments) -> dict[str, Any]:

@@ -48,6 +48,9 @@ def _flags(name: str) -> list[str]:
     if not name or not file.is_file():
         raise ValueError(f"there is no recipe or file {name!r}; the recipes: {', '.join(names())}")
     try:
-        return shlex.split(file.read_text(encoding="utf-8"), comments=True)
+        flags = shlex.split(file.read_text(encoding="utf-8"), comments=True)
     except ValueError as error:  # a quotation without an end
         raise ValueError(f"cannot read the recipe {name!r}: {error}") from error
+    if any(flag.partition("=")[0] == "--recipe" for flag in flags):
+        raise ValueError(f"the recipe {name!r} names another one with --recipe: write its flags out")
+    return flags

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from minilm.checkpoints import CheckpointingTrainer
+
 STEPS = 3
 
 
@@ -26,11 +28,13 @@ def rehearsal_arguments(training: TrainingArguments, folder: str) -> TrainingArg
     return rehearsal
 
 
-def rehearse(trainer: Trainer, training: TrainingArguments) -> str:
+def rehearse(trainer: CheckpointingTrainer, training: TrainingArguments) -> str:
     """Takes the steps and tells the memory they needed, and the time that all steps of `training` will take."""
     times = _StepTimes()
     trainer.add_callback(times)
     trainer.train()
+    if trainer.stopped_by is not None:
+        raise KeyboardInterrupt
     (_, *later), steps = times.seconds, _total_steps(trainer, training)
     step = sum(later) / len(later)
     return "\n".join(

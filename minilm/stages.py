@@ -27,7 +27,7 @@ def stages(arguments: Arguments) -> list[Arguments]:
     none = {"assistant_num_layers": None, "assistant_hidden_size": None}
     first = _stage(
         arguments,
-        {"output_dir": str(folder)},
+        {"output_dir": str(folder), "push_to_hub": False},
         **none,
         student_num_layers=model.assistant_num_layers,
         student_hidden_size=model.assistant_hidden_size,

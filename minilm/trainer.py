@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from minilm._capture import QKV, attention_qkv, resolve_layer
 from minilm.batches import (
@@ -151,9 +151,14 @@ class DistillationTrainer(CheckpointingTrainer):
         output_temperature: float = 1.0,
         **options: Any,
     ) -> None:
-        _check_arguments(args)
+        check_arguments(args)
+        if criterion.reduction != "sequence":
+            raise ValueError(
+                f"a step is the mean over its sequences: reduction must be 'sequence', not {criterion.reduction!r}"
+            )
         self.teacher_layer = resolve_layer(teacher, teacher_layer)
-        self.parts = [*criterion.relations, *(["output"] if output_weight else [])]
+        self._weights = criterion.relations | ({"output": output_weight} if output_weight else {})
+        self.parts = list(self._weights)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter that is not frozen gets a gradient
         freeze_unused(student, criterion.relations, output=bool(output_weight))
@@ -166,6 +171,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self._output_per_token = bool(output_weight) and has_vocabulary_head(student)
         self._causal, self._with_output = criterion.causal, bool(output_weight)
         self._clock, self._step_clock = model.clock, StepClock()
+        self._clock.enabled = args.logging_strategy != "no"  # else nobody would read it
         self.add_callback(self._step_clock)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -186,9 +192,13 @@ class DistillationTrainer(CheckpointingTrainer):
         """As the Trainer's, but a checkpoint of the last step is only loaded: the Trainer would take one step more."""
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-            if state.global_step >= self.args.max_steps > 0:
-                self._load_from_checkpoint(resume_from_checkpoint)
+            epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else float("inf")
+            if state.global_step >= self.args.max_steps > 0 or (state.epoch or 0) >= epochs:
                 self.state = state
+                if self.args.load_best_model_at_end and state.best_model_checkpoint:
+                    self._load_best_model()
+                else:
+                    self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -253,13 +263,32 @@ class DistillationTrainer(CheckpointingTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, the batch's mean of each part (B, parts), their weights (B, parts)), as `_means` expects them."""
         inputs = self._prepare_inputs(inputs)
+        rows = len(next(iter(inputs.values())))
+        own = max(1, self._rows_not_repeated(rows))
+        if own < rows:
+            inputs = {name: tensor[:own] for name, tensor in inputs.items()}
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        rows = len(next(iter(inputs.values())))
         counts = dict.fromkeys(self.parts, self._counts(inputs)[0]) | {"output": self._counts(inputs)[1]}
         means = torch.stack([outputs[part] for part in self.parts])
-        weights = torch.stack([counts[part] for part in self.parts]) / rows
+        weights = torch.stack([counts[part] for part in self.parts]) / own
         return loss, means.expand(rows, -1), weights.expand(rows, -1)
+
+    def _rows_not_repeated(self, rows: int) -> int:
+        """Of a batch's rows those that accelerate will keep: it fills the ranks' last batches up with first rows."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        kept: int = state.remainder - rows * self.args.process_index
+        return min(rows, max(0, kept))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's, whose loss weighs rows alike: here it is the weighted sum of the parts."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix, metrics = kwargs.get("metric_key_prefix", "eval"), output.metrics or {}
+        if all(f"{prefix}_{part}" in metrics for part in self.parts):
+            metrics[f"{prefix}_loss"] = sum(w * metrics[f"{prefix}_{part}"] for part, w in self._weights.items())
+        return output
 
     def _means(self, prediction: EvalPrediction) -> dict[str, float]:
         means, weights = (np.asarray(x) for x in (prediction.predictions, prediction.label_ids))
@@ -354,7 +383,8 @@ def _lengths(dataset: Any) -> list[int]:
     return [len(ids) for ids in dataset.with_format(None)["input_ids"]]
 
 
-def _check_arguments(args: TrainingArguments) -> None:
+def check_arguments(args: TrainingArguments) -> None:
+    """Raises `ValueError` for training arguments that mean nothing here."""
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process: start one process each (torchrun "

@@ -79,11 +79,14 @@ def one_step(folder: Path, batch: int, accumulation: int) -> None:
         train_dataset=sequences((*LENGTHS, 4), empty=4),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=3,
     )
     run.train()
     run.save_model()
+    evaluation = run.evaluate(sequences())  # of seven, which two ranks do not share evenly
     if run.args.should_save:
         logged = {name: run.state.log_history[0][name] for name in ("loss", "qk", "vv")}
+        logged |= {f"eval_{name}": evaluation[f"eval_{name}"] for name in ("loss", "qk", "vv")}
         (folder / "log.json").write_text(json.dumps(logged))
     run.accelerator.end_training()
 

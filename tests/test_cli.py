@@ -122,6 +122,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(
     assert code == 2
     assert "belongs to another run: its student is {'layers': 2," in err
 
+    for flag, value in (("relation_temperature", "2.0"), ("student_intermediate_size", "16"), ("seed", "7")):
+        code, _, err = command(*arguments, "--resume_from_checkpoint", "auto", f"--{flag}", value)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"belongs to another run: its {flag} is " in err
+
     code, out, _ = command(*arguments, "--resume_from_checkpoint", "auto")
     assert code == 0
     metrics = json.loads(Path("out/metrics.json").read_text())
@@ -181,6 +186,7 @@ def test_mistakes_are_one_line_and_exit_code_2(command: CommandLine, teacher: st
     fails("--streaming needs --max_steps, which is -1: a stream has no end", *rest, "--max_steps", "-1", "--streaming")
     fails("--output_weight is -1.0: it must not be negative", *rest, "--output_weight", "-1")
     fails("has no trained head (it was saved as BertModel): leave out --output_weight", *rest, "--output_weight", "1")
+    fails("--output_temperature is 0.0: it must be positive", *rest, "--output_temperature", "0")
     fails("there is no recipe or file 'minilm-v3'", *rest, "--recipe", "minilm-v3")
     fails("init 'slice' cannot widen hidden_size from 32 to 64", *rest, "--student_hidden_size", "64", *SLICE)
     fails("--output_dir is missing", "--teacher", teacher, "--data", data)

@@ -88,6 +88,16 @@ def test_what_the_student_cannot_be_shows_before_the_assistant_is_trained(
     assert not Path("out").exists()
 
 
+def test_an_occupied_folder_of_the_student_shows_before_the_assistant_is_trained(
+    command: CommandLine, teacher: str, data: str
+) -> None:
+    Path("out").mkdir()
+    Path("out/config.json").write_text("{}")
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *CHAIN)
+    assert (code, err) == (1, "minilm-train: error: out holds a model already: choose another --output_dir\n")
+    assert not Path("out/assistant").exists()
+
+
 def test_the_rule_of_the_paper_is_a_hint(command: CommandLine, teacher: str, data: str) -> None:
     _, out, _ = command("--teacher", teacher, "--data", data, "--output_dir", "out", *RUN)
     assert "hint       at most half the teacher's layers and width: " in out

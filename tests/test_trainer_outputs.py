@@ -202,6 +202,9 @@ def test_the_backward_of_the_loss_counts_as_the_loss(monkeypatch: pytest.MonkeyP
     model = DistillationModel(build_student(teacher, num_layers=2, init="random"), Criterion())
     inputs = tiny_inputs(teacher)
     model(attention_qkv(teacher, inputs), **inputs)["loss"].backward()
+    assert model.clock.seconds() == 0.0  # nobody asked for it
+    model.clock.enabled = True
+    model(attention_qkv(teacher, inputs), **inputs)["loss"].backward()
     assert model.clock.seconds() == 15.0  # of q, k and v
     assert model.clock.seconds() == 0.0
 
@@ -255,3 +258,33 @@ def test_pushing_keeps_the_reports_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("ours")
     trainer(tmp_path).create_model_card(model_name="student")
     assert (tmp_path / "README.md").read_text() == "ours"
+
+
+def test_other_reductions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reduction must be 'sequence', not 'token'"):
+        trainer(tmp_path, criterion=MiniLMLoss(reduction="token"))
+
+
+def test_the_evaluations_loss_is_the_weighted_sum(tmp_path: Path) -> None:
+    run = output_trainer(tmp_path, "ForMaskedLM", per_device_eval_batch_size=2)
+    metrics = run.evaluate(sequences())
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_qk"] + 0.25 * metrics["eval_output"], rel=1e-6)
+
+
+def test_a_resumed_end_gives_the_best_model_and_takes_no_step(tmp_path: Path) -> None:
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {**every, "load_best_model_at_end": True, "learning_rate": 300.0, "own": {"eval_dataset": sequences()}}
+    run = trainer(tmp_path / "best", max_steps=3, **options)
+    run.train()
+    best = run.evaluate()["eval_loss"]
+    again = trainer(tmp_path / "best", max_steps=3, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "best" / "checkpoint-3"))
+    assert again.evaluate()["eval_loss"] == pytest.approx(best)
+
+    epochs = {"max_steps": -1, "num_train_epochs": 1.5, "per_device_train_batch_size": 2, "save_strategy": "steps"}
+    run = trainer(tmp_path / "epochs", save_steps=6, **epochs)
+    run.train()
+    assert run.state.global_step == 6
+    again = trainer(tmp_path / "epochs", save_steps=6, **epochs)
+    again.train(resume_from_checkpoint=str(tmp_path / "epochs" / "checkpoint-6"))
+    assert again.state.global_step == 6
