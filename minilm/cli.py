@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if following:
                 with _refusals():
                     run = prepare(following)
-        run.trainer.accelerator.end_training()
+        run.trainer.end()
     except _RefusedError as error:
         return _fail(str(error), error.code)
     except CheckpointError as error:

@@ -135,7 +135,7 @@ def train(run: Run) -> str | None:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if trainer.stopped_by is not None:
-        trainer.accelerator.end_training()
+        trainer.end()
         return None
     seconds = time.perf_counter() - start
     if args.load_best_model_at_end or _evaluations(trainer)[-1]["step"] != trainer.state.global_step:

@@ -202,6 +202,14 @@ class DistillationTrainer(CheckpointingTrainer):
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def end(self) -> None:
+        """Closes trackers and the process group, on all ranks at once; nothing can be trained afterwards."""
+        self.accelerator.wait_for_everyone()
+        # DDP's wrapper holds the group: gloo aborts a process that still does when the interpreter ends.
+        self.model_wrapped = self.student
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:

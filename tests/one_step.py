@@ -88,7 +88,7 @@ def one_step(folder: Path, batch: int, accumulation: int) -> None:
         logged = {name: run.state.log_history[0][name] for name in ("loss", "qk", "vv")}
         logged |= {f"eval_{name}": evaluation[f"eval_{name}"] for name in ("loss", "qk", "vv")}
         (folder / "log.json").write_text(json.dumps(logged))
-    run.accelerator.end_training()
+    run.end()
 
 
 if __name__ == "__main__":
