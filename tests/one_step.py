@@ -3,6 +3,7 @@
 python -m torch.distributed.run --nproc_per_node=2 one_step.py FOLDER BATCH ACCUMULATION
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -93,3 +94,4 @@ def one_step(folder: Path, batch: int, accumulation: int) -> None:
 
 if __name__ == "__main__":
     one_step(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    gc.collect()  # what still holds gloo's group when the interpreter ends makes it abort

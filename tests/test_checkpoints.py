@@ -5,6 +5,7 @@ python test_checkpoints.py FOLDER (plain | killed NTH_SYNC | signals); torchrun 
 """
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -642,6 +643,7 @@ def two_ranks(folder: Path) -> None:
 def main(folder: Path, mode: str, *options: str) -> int:
     if mode == "ranks":
         two_ranks(folder)
+        gc.collect()  # DDP's wrappers, or gloo aborts a process that still holds its group when the interpreter ends
         return 0
     trainer = make(folder)
     if mode == "killed":
