@@ -39,7 +39,7 @@ def rehearse(trainer: CheckpointingTrainer, training: TrainingArguments) -> str:
     step = sum(later) / len(later)
     return "\n".join(
         [
-            f"memory     {_peak_memory(training.device)} at its peak, {_parameters_and_states(trainer)}",
+            f"memory     {_peak_memory(training.device)} at its peak, {_trained(trainer)}",
             f"time       {step:.3g} s a step, {_duration(step * steps)} for {steps:,} of them, without evaluation",
             "",
             f"A dry run: {STEPS} steps were taken, nothing was written.",
@@ -89,7 +89,7 @@ def _peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _parameters_and_states(trainer: Trainer) -> str:
+def _trained(trainer: Trainer) -> str:
     assert trainer.model is not None
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return f"{count / 1e6:.1f}M parameters trained"

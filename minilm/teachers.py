@@ -23,6 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from minilm.batches import first_position
+
 USUAL_LENGTH = 512  # of the papers
 
 _HEADS: dict[str, Any] = {  # by the end of the class's name
@@ -72,9 +74,8 @@ def resolve_length(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         ValueError: more tokens than the teacher has positions, or none beside the special ones.
     """
     positions = getattr(teacher.config, "max_position_embeddings", None)
-    for name, module in teacher.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from behind the padding's
+    if positions is not None:
+        positions -= first_position(teacher)
     if max_length is None:
         return min(USUAL_LENGTH, positions or USUAL_LENGTH)
     if positions is not None and max_length > positions:

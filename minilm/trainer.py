@@ -130,9 +130,9 @@ class DistillationTrainer(CheckpointingTrainer):
 
     Logged in training beside the Trainer's own: each relation, "output", "tokens_per_second" (of images
     "images_per_second") over all processes, and, but for compiled models, "loss_share", the part of a step's time that
-    the relation loss takes. Evaluation gives "eval_loss", the weighted
-    sum, and "eval_<relation>" and "eval_output", unweighted means over the sequences. What is saved is the student
-    alone, as `AutoModel.from_pretrained` loads it.
+    the relation loss takes. Evaluation gives "eval_<relation>", the mean over the sequences, "eval_output", the mean
+    over the tokens or examples, and "eval_loss", their weighted sum. What is saved is the student alone, as
+    `AutoModel.from_pretrained` loads it.
 
     Raises:
         ValueError: a teacher layer that does not exist; training arguments that mean nothing here; several GPUs in one
@@ -277,9 +277,9 @@ class DistillationTrainer(CheckpointingTrainer):
             inputs = {name: tensor[:own] for name, tensor in inputs.items()}
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        counts = dict.fromkeys(self.parts, self._counts(inputs)[0]) | {"output": self._counts(inputs)[1]}
+        counts = self._counts(inputs)
         means = torch.stack([outputs[part] for part in self.parts])
-        weights = torch.stack([counts[part] for part in self.parts]) / own
+        weights = torch.stack([counts[part == "output"] for part in self.parts]) / own
         return loss, means.expand(rows, -1), weights.expand(rows, -1)
 
     def _rows_not_repeated(self, rows: int) -> int:

@@ -39,6 +39,14 @@ def nan_filled() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of one rank, in this process."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 CommandLine = Callable[..., tuple[int, str, str]]
 
 

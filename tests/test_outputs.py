@@ -1,7 +1,6 @@
 """Distillation of the logits: the loss against eager code and its memory, and where in a model it is taken."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -425,13 +424,6 @@ def test_under_autocast() -> None:
     assert_same_gradients(
         {n: p.grad for n, p in wrapper.named_parameters()}, eager_gradients("bert", "ForMaskedLM"), 0.1
     )
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

@@ -1,7 +1,6 @@
 """Students: their sizes and weights against the teacher's, what training leaves alone, and their parameter counts."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -420,13 +419,6 @@ class Distilled(nn.Module):
 
     def forward(self) -> Tensor:
         return relation_loss(self.student)
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")
