@@ -132,7 +132,7 @@ def peak_mib(work: Work, device: str) -> float:
         return (torch.cuda.max_memory_allocated() - held) / MIB
     from torch.profiler import ProfilerActivity, profile
 
-    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = work.run(work.prepare())
     del result
     # Not `profiler.events()`: those leave out what is allocated inside ops.

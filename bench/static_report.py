@@ -111,7 +111,8 @@ def launch(variant: Variant, architecture: int) -> Launch:
     if variant.kernel == "keys":
         return kernels.key_launch(relations, lse, lse, grad, [1.0], dx, dy, pinned)
     if variant.kernel == "self":
-        return kernels.self_launch(relations, lse, lse, grad, [1.0], dx, pinned)
+        bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
+        return kernels.self_launch(relations, lse, lse, bases, factors, grad, [1.0], dx, pinned)
     return kernels.resident_launch(relations, value, dx, dy)
 
 

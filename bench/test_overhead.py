@@ -21,26 +21,27 @@ B, R, N, D = 1, 2, 8, 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATION = "triton" if DEVICE == "cuda" else "chunked"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-FORWARD, BACKWARD = _ops.forward(IMPLEMENTATION), _ops.backward_(IMPLEMENTATION)
+FORWARD, BACKWARD = _ops.FORWARD[IMPLEMENTATION], _ops.BACKWARD_IN_PLACE[IMPLEMENTATION]
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class _Bare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, relations: Relations, *student: Tensor) -> Tensor:
-        value, *ctx.prepared = FORWARD(*relations, True)
-        ctx.relations = relations
-        return value.sum()
+    def forward(ctx: Any, groups: list[Relations], *student: Tensor) -> Tensor:
+        results = [FORWARD(*group, True) for group in groups]
+        ctx.saved = groups, results
+        return torch.cat([value for value, *_ in results]).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        relations = ctx.relations
-        lse_t, lse_s, dx, dy = ctx.prepared
-        dx = dx or [torch.empty_like(x) for x in relations.x_s]
-        dy = dy or [torch.empty_like(y) for y in relations.y_s]
-        BACKWARD(*relations, lse_t, lse_s, grad, [1.0] * len(relations.x_s), dx, dy)
-        return None, *dx, *dy
+        gradients: list[Tensor | None] = [None]
+        for group, (_, lse_t, lse_s, dx, dy) in zip(*ctx.saved, strict=True):
+            dx = dx or [torch.empty_like(x) for x in group.x_s]
+            dy = dy or [torch.empty_like(y) for y in group.y_s]
+            BACKWARD(*group, lse_t, lse_s, grad, [1.0] * len(group.x_s), dx, dy)
+            gradients += [*dx, *dy]
+        return tuple(gradients)
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def bare_loss(teacher: Triple, student: Triple) -> Tensor:
     """MiniLM v1 as `fused_minilm_loss` calls the ops: QK, then VV."""
     (q, k, v), (q_s, k_s, v_s) = teacher, student
     rest = (None, None, None, 1 / (B * R * N), 1 / math.sqrt(D), 1 / math.sqrt(D), True, True)
-    qk = _Bare.apply(Relations([q], [k], [q_s.detach()], [k_s.detach()], *rest), q_s, k_s)
-    return qk + _Bare.apply(Relations([v], [], [v_s.detach()], [], *rest), v_s)
+    qk, vv = Relations([q], [k], [q_s.detach()], [k_s.detach()], *rest), Relations([v], [], [v_s.detach()], [], *rest)
+    return _Bare.apply([qk, vv], q_s, k_s, v_s)  # type: ignore[no-any-return]
 
 
 def test_they_agree(tensors: tuple[Triple, Triple]) -> None:

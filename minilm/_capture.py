@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -69,6 +70,7 @@ def capture(model: PreTrainedModel, layers: Sequence[int] = (-1,), *, stop: bool
     except _StopForward as reached:
         if reached.args[0] is not recorder:
             raise
+        _end_frames(reached)
     finally:
         _active.recorders.remove(recorder)
         _switch_back(recorder.configs)
@@ -88,6 +90,15 @@ def attention_qkv(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: i
 
 class _StopForward(BaseException):
     """Ends a forward for the recorder it carries; not an `Exception`, so that no model's own `except` takes it."""
+
+
+def _end_frames(reached: _StopForward) -> None:
+    """Ends what the stopped forward had begun, such as the hooks of gradient checkpointing.
+
+    torch before 2.13 ends those when the frames are freed, which their reference to the exception puts off.
+    """
+    if not torch.compiler.is_compiling():
+        traceback.clear_frames(reached.__traceback__)
 
 
 class _Recorder:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -101,10 +102,14 @@ class DistillationModel(nn.Module):
             loss = loss + self.output_weight * (mean if shares is None else mean * shares[1])
         return {"loss": loss, **parts}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Recompute the student's layers in backward, non-reentrant: the other kind gives q, k, v no gradient."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.student.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.student.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+            gradient_checkpointing_kwargs=kwargs, **options
+        )
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -408,3 +413,12 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     if isinstance(options := args.gradient_checkpointing_kwargs, dict) and options.get("use_reentrant"):
         raise ValueError("use_reentrant=True is not supported: reentrant checkpointing gives q, k and v no gradient")
+    if not args.eval_do_concat_batches:
+        raise ValueError("eval_do_concat_batches=False is not supported: losses are averaged over all batches")
+    if args.data_seed is not None and args.data_seed < 0:
+        raise ValueError(f"data_seed must not be negative, got {args.data_seed}")
+    for reporter in get_reporting_integration_callbacks(args.report_to):  # type: ignore[no-untyped-call]
+        try:
+            reporter()
+        except RuntimeError as missing:  # the package that it reports to
+            raise ValueError(f"report_to={args.report_to}: {missing}") from None

@@ -5,6 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# On some CPUs numpy's product of A and B differs in its last bits from that of Bᵀ and Aᵀ, which on a GPU it does not;
+# the interpreter multiplies with numpy. Read when torch imports numpy.
+os.environ["OPENBLAS_CORETYPE"] = "Prescott"
 import torch
 
 if torch.cuda.is_available():

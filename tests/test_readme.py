@@ -44,3 +44,9 @@ def test_file_tree_names_every_module() -> None:
     modules = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "minilm").rglob("*.py")]
     missing = [path.name for path in modules if path.name != "__init__.py" and path.name not in tree]
     assert not missing
+
+
+def test_no_section_stands_twice() -> None:
+    for readme in (README, (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")):
+        headings = re.findall(r"^#+ .*$", readme, flags=re.MULTILINE)
+        assert len(headings) == len(set(headings)) > 3

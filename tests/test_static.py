@@ -36,34 +36,46 @@ def compile_all(variants: list[tuple[str, str, int, int, bool]]) -> list[dict[st
     return list(csv.DictReader(done.stdout.splitlines()))
 
 
+def spilling(rows: list[dict[str, str]]) -> set[tuple[str, str, str]]:
+    """Kernel, teacher's dimension and whether it is masked, of those that spill."""
+    return {(row["kernel"], row["d_t"], row["bounded"]) for row in rows if int(row["spills"])}
+
+
 @pytest.fixture(scope="module")
-def hopper() -> dict[str, dict[str, str]]:
-    return {row["kernel"]: row for row in compile_all([("sm_90", kernel, 64, 32, False) for kernel in KERNELS])}
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_hopper_uses_its_tensor_cores_and_spills_nothing(hopper: dict[str, dict[str, str]], kernel: str) -> None:
-    assert hopper[kernel]["tensor_instruction"] == "HGMMA"
-    assert int(hopper[kernel]["spills"]) == 0
+def hopper() -> list[dict[str, str]]:
+    """Compiled for sm_90 at two pairs of dimensions, without and with a mask."""
+    dimensions = ((64, 32), (16, 8))
+    variants = [("sm_90", kernel, *d, masked) for d in dimensions for masked in (False, True) for kernel in KERNELS]
+    return compile_all(variants)
 
 
 @pytest.mark.parametrize("kernel", LIMITS)
-def test_main_loop_stays_within_its_instructions(hopper: dict[str, dict[str, str]], kernel: str) -> None:
+def test_main_loop_stays_within_its_instructions(hopper: list[dict[str, str]], kernel: str) -> None:
+    row = next(row for row in hopper if row["kernel"] == kernel)  # the first are of dimensions 64 and 32, unmasked
     issue, exponentials = LIMITS[kernel]
-    assert 0 < float(hopper[kernel]["issue"]) <= issue
-    assert 1.9 <= float(hopper[kernel]["exponentials"]) <= exponentials
+    assert 0 < float(row["issue"]) <= issue
+    assert 1.9 <= float(row["exponentials"]) <= exponentials
 
 
-def test_relation_heads_and_masks_do_not_spill_on_hopper() -> None:
-    rows = compile_all([("sm_90", kernel, 16, 8, bounded) for kernel in KERNELS for bounded in (False, True)])
-    assert {row["kernel"]: row["spills"] for row in rows if int(row["spills"])} == {}
+def test_hopper_uses_its_tensor_cores(hopper: list[dict[str, str]]) -> None:
+    assert [row["tensor_instruction"] for row in hopper] == ["HGMMA"] * 4 * len(KERNELS)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_100"])
-def test_other_chips_compile_without_spills(target: str) -> None:
-    rows = compile_all([(target, kernel, 64, 32, True) for kernel in KERNELS])
-    assert {row["kernel"]: row["spills"] for row in rows if int(row["spills"])} == {}
-    assert all(row["tensor_instruction"] for row in rows)
+def test_hopper_spills_nothing(hopper: list[dict[str, str]]) -> None:
+    assert spilling(hopper) <= {("rows", "64", "True")}  # a few in its masked tail, see kernels/README.md
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_100"])
+def other_chip(request: pytest.FixtureRequest) -> list[dict[str, str]]:
+    return compile_all([(request.param, kernel, 64, 32, True) for kernel in KERNELS])
+
+
+def test_other_chips_use_their_tensor_cores(other_chip: list[dict[str, str]]) -> None:
+    assert all(row["tensor_instruction"] for row in other_chip)
+
+
+def test_other_chips_spill_nothing(other_chip: list[dict[str, str]]) -> None:
+    assert spilling(other_chip) == set()
 
 
 def test_amd_compiles() -> None:

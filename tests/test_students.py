@@ -423,17 +423,16 @@ class Distilled(nn.Module):
 
 @pytest.mark.usefixtures("process_group")
 def test_ddp_runs_without_find_unused_parameters() -> None:
-    student = build_student(tiny_model("bert"), num_layers=2)
-
-    def two_steps() -> None:
+    def two_steps(student: PreTrainedModel) -> None:
         ddp = nn.parallel.DistributedDataParallel(Distilled(student))
         for _ in range(2):
             ddp().backward()
 
     with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
-        two_steps()
+        two_steps(build_student(tiny_model("bert"), num_layers=2))
+    student = build_student(tiny_model("bert"), num_layers=2)
     freeze_unused(student)
-    two_steps()
+    two_steps(student)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tiny_models import tiny_inputs, tiny_model
 from tiny_text import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from minilm import MiniLMLoss, fused_minilm_loss
 from minilm._capture import attention_qkv
@@ -239,7 +240,12 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert run.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
 
 
-def test_arguments_that_mean_nothing_here_are_refused(tmp_path: Path) -> None:
+class _NotInstalled(TrainerCallback):
+    def __init__(self) -> None:
+        raise RuntimeError("it needs wandb")
+
+
+def test_arguments_that_mean_nothing_here_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(match: str, **options: Any) -> None:
         with pytest.raises(ValueError, match=match):
             trainer(tmp_path, **options)
@@ -247,6 +253,10 @@ def test_arguments_that_mean_nothing_here_are_refused(tmp_path: Path) -> None:
     fails("layer 5 does not exist: layers are 1 to 4", own={"teacher_layer": 5})
     fails("label_smoothing_factor=0.1 means nothing here", label_smoothing_factor=0.1)
     fails("neftune_noise_alpha=5.0 is not supported", neftune_noise_alpha=5.0)
+    fails("eval_do_concat_batches=False is not supported", eval_do_concat_batches=False)
+    fails("data_seed must not be negative, got -1", data_seed=-1)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", _NotInstalled)
+    fails(r"report_to=\['wandb'\]: it needs wandb", report_to=["wandb"])
     fails("use_reentrant=True is not supported", **{CHECKPOINTING + "_kwargs": {"use_reentrant": True}})
 
 

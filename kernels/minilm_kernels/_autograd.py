@@ -4,6 +4,7 @@ The weight of a row is either known beforehand and equal along each sequence (th
 linear in it, and the ops may prepare gradients in the forward), or comes with the gradient of the rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,94 +14,117 @@ from minilm_kernels import _ops
 from minilm_kernels._relations import Relations
 
 
-def relation_op(relations: Relations, relation_weights: list[float], implementation: str) -> tuple[Tensor, Tensor]:
-    """(Σ relation weight · loss, detached losses (relations,)); without sums the rows (relations, B, R, N), twice."""
-    student = (*relations.x_s, *relations.y_s)
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in student)):
-        with torch.no_grad():  # the teacher may require gradients, and gets none
-            value = _ops.forward(implementation)(*relations, False)[0]
-        return _total(value, relations.sums, relation_weights), value
-    result: tuple[Tensor, Tensor] = _Relations.apply(  # type: ignore[no-untyped-call]
-        [x.detach() for x in relations.x_t],
-        [y.detach() for y in relations.y_t],
-        (
-            relations.bounds,
-            relations.holes,
-            relations.row_weight,
-            relations.weight,
-            relations.scale_t,
-            relations.scale_s,
-            relations.symmetric,
-            relations.sums,
-        ),
-        relation_weights,
-        implementation,
-        *student,
-    )
-    return result
+def relation_losses(
+    groups: Sequence[Relations], weights: Sequence[list[float]], implementation: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Σ relation weight · loss, and of each group the losses (relations,), detached.
+
+    Without sums, of one group only, the rows (relations, B, R, N), twice.
+    """
+    student = [x for group in groups for x in (*group.x_s, *group.y_s)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in student):
+        teacher = [x.detach() for group in groups for x in (*group.x_t, *group.y_t)]
+        sizes = [(len(group.x_s), len(group.y_s)) for group in groups]
+        masks, constants = tuple(groups[0][4:7]), [tuple(group[7:]) for group in groups]
+        if torch.compiler.is_compiling():
+            student = [x.view_as(x) for x in student]  # dynamo takes no tensor twice, as in QK beside KK
+        total, *values = _RelationLosses.apply(  # type: ignore[no-untyped-call]
+            teacher, masks, sizes, constants, weights, implementation, *student
+        )
+        return total, values
+    with torch.no_grad():  # the teacher may require gradients, and gets none
+        values = [_ops.FORWARD[implementation](*group, False)[0] for group in groups]
+    return (_total(values, weights) if groups[0].sums else values[0]), values
 
 
-def _total(value: Tensor, sums: bool, relation_weights: list[float]) -> Tensor:
-    if not sums:
-        return value
-    if any(weight != 1 for weight in relation_weights):
-        value = torch.stack([part * weight for part, weight in zip(value, relation_weights, strict=True)])
-    return value.sum()
+def _total(values: list[Tensor], weights: Sequence[list[float]]) -> Tensor:
+    if any(weight != 1 for of_group in weights for weight in of_group):
+        values = [
+            part * weight
+            for value, of_group in zip(values, weights, strict=True)
+            for part, weight in zip(value.split(1), of_group, strict=True)
+        ]
+    return (torch.cat(values) if len(values) > 1 else values[0]).sum()
 
 
-class _Relations(torch.autograd.Function):
+def _groups(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    masks: tuple[Any, ...],
+    sizes: list[tuple[int, int]],
+    constants: list[tuple[Any, ...]],
+) -> list[Relations]:
+    """The groups again, out of their tensors: of each group x of every relation, then y."""
+    groups, start = [], 0
+    for (rows, keys), fields in zip(sizes, constants, strict=True):
+        middle, end = start + rows, start + rows + keys
+        tensors = teacher[start:middle], teacher[middle:end], student[start:middle], student[middle:end]
+        groups.append(Relations(*tensors, *masks, *fields))
+        start = end
+    return groups
+
+
+class _RelationLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_t: list[Tensor],
-        y_t: list[Tensor],
-        constants: tuple[Any, ...],  # the fields of Relations after the tensors
-        relation_weights: list[float],
+        teacher: list[Tensor],  # of each group x_t of every relation, then y_t
+        masks: tuple[Any, ...],  # bounds, holes and row_weight, which all groups have in common
+        sizes: list[tuple[int, int]],  # numbers of x and of y of each group
+        constants: list[tuple[Any, ...]],  # the fields of each Relations after the tensors
+        weights: Sequence[list[float]],
         implementation: str,
-        *student: Tensor,  # x_s of every relation, then y_s
-    ) -> tuple[Tensor, Tensor]:
-        count = len(x_t)
-        relations = Relations(x_t, y_t, student[:count], student[count:], *constants)
-        value, lse_t, lse_s, dx, dy = _ops.forward(implementation)(*relations, True)
-        ctx.save_for_backward(*student, *x_t, *y_t, lse_t, lse_s)
-        ctx.options = count, constants, relation_weights, implementation
-        ctx.prepared = dx, dy
-        parts = value.detach()
-        ctx.mark_non_differentiable(parts)
-        return _total(value, relations.sums, relation_weights), parts
+        *student: Tensor,  # as the teacher's
+    ) -> tuple[Tensor, ...]:
+        groups = _groups(teacher, student, masks, sizes, constants)
+        results = [_ops.FORWARD[implementation](*group, True) for group in groups]
+        ctx.save_for_backward(*student, *teacher, *(lse for result in results for lse in result[1:3]))
+        ctx.options = masks, sizes, constants, weights, implementation
+        ctx.prepared = [result[3:] for result in results]
+        values = [result[0] for result in results]
+        total = _total(values, weights) if groups[0].sums else values[0]
+        values = [value.detach() for value in values]
+        ctx.mark_non_differentiable(*values)
+        return total, *values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        count, constants, relation_weights, implementation = ctx.options
-        *tensors, lse_t, lse_s = ctx.saved_tensors
-        student, teacher = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        relations = Relations(teacher[:count], teacher[count:], student[:count], student[count:], *constants)
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        masks, sizes, constants, weights, implementation = ctx.options
+        saved, count = ctx.saved_tensors, sum(rows + keys for rows, keys in sizes)
+        student, lse = saved[:count], saved[2 * count :]
+        groups = _groups(saved[count : 2 * count], student, masks, sizes, constants)
+        prepared = ctx.prepared
+        if not torch.compiler.is_compiling():
+            ctx.prepared = [None] * len(groups)
+        gradients: list[Tensor] = []
         with torch.no_grad():  # create_graph=True turns gradients on in here
-            dx, dy = _gradients(ctx, relations, (lse_t, lse_s, grad, relation_weights), implementation)
-        gradients = [*dx, *dy]
+            for i, group in enumerate(groups):
+                of_group = (lse[2 * i], lse[2 * i + 1], grad, weights[i])
+                gradients += _gradients(group, of_group, prepared[i], implementation)
         if torch.is_grad_enabled():
             gradients = [
                 _NoSecondDerivative.apply(g, x, implementation)  # type: ignore[no-untyped-call]
                 for g, x in zip(gradients, student, strict=True)
             ]
-        return *(None,) * 5, *gradients
+        return *(None,) * 6, *gradients
 
 
 def _gradients(
-    ctx: Any, relations: Relations, saved: tuple[Any, ...], implementation: str
-) -> tuple[list[Tensor], list[Tensor]]:
+    group: Relations,
+    saved: tuple[Any, ...],
+    prepared: tuple[list[Tensor], list[Tensor]] | None,
+    implementation: str,
+) -> list[Tensor]:
+    """dx of every relation, then dy. What the forward prepared is used up, in place, except in a compiled graph."""
     if torch.compiler.is_compiling():
-        made: tuple[list[Tensor], list[Tensor]] = _ops.backward(implementation)(*relations, *saved, *ctx.prepared)
-        return made
-    # In place, which a compiled graph must not do to what autograd keeps for a second backward.
-    if ctx.prepared is None:  # this is one: the first used them up
-        ctx.prepared = _ops.forward(implementation)(*relations, True)[3:]
-    dx, dy = ctx.prepared
-    ctx.prepared = None
-    dx = dx or [torch.empty_like(x) for x in relations.x_s]
-    dy = dy or [torch.empty_like(y) for y in relations.y_s]
-    _ops.backward_(implementation)(*relations, *saved, dx, dy)
-    return dx, dy
+        assert prepared is not None
+        dx, dy = _ops.BACKWARD[implementation](*group, *saved, *prepared)
+        return [*dx, *dy]
+    dx, dy = prepared or _ops.FORWARD[implementation](*group, True)[3:]  # none is left in a second backward
+    dx = dx or [torch.empty_like(x) for x in group.x_s]
+    dy = dy or [torch.empty_like(y) for y in group.y_s]
+    _ops.BACKWARD_IN_PLACE[implementation](*group, *saved, dx, dy)
+    return [*dx, *dy]
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -11,6 +11,7 @@ from minilm_kernels._allowed import Pattern
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("sequence", "token", "sum")
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
+RELATIONS = tuple(x + y for x in "qkv" for y in "qkv")
 MAX_TRITON_DIM = 256
 
 
@@ -32,33 +33,36 @@ def check_triple(whose: str, triple: object, relations: Iterable[str]) -> dict[s
     if not isinstance(triple, Sequence) or len(triple) != 3:
         size = f"{len(triple)} of them" if isinstance(triple, Sequence) else type(triple).__name__
         raise TypeError(f"{whose} must be three tensors (q, k, v), got {size}")
-    by_letter = dict(zip("qkv", triple, strict=True))
-    used = {}
+    used: dict[str, Tensor] = {}
     for relation in relations:
         for letter in relation:
-            if by_letter[letter] is None:
-                raise ValueError(f"relation {relation!r} needs the {whose}'s {letter}, got None")
-            used[letter] = check_tensor(f"{whose}'s {letter}", by_letter[letter])
+            if letter not in used:
+                x = triple["qkv".index(letter)]
+                if x is None:
+                    raise ValueError(f"relation {relation!r} needs the {whose}'s {letter}, got None")
+                used[letter] = check_tensor(f"{whose}'s {letter}", x)
     return used
 
 
 def check_same_place(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
     """One device, batch size and length for all tensors; one dtype within a model."""
-    named = [(f"teacher's {name}", x) for name, x in teacher.items()]
-    named += [(f"student's {name}", x) for name, x in student.items()]
-    first_name, first = named[0]
-    for name, x in named[1:]:
-        if x.device != first.device:
-            raise ValueError(f"{first_name} is on {first.device}, {name} on {x.device}; all must be on one device")
-        if x.shape[0] != first.shape[0]:
-            raise ValueError(f"{first_name} has batch size {first.shape[0]}, {name} has {x.shape[0]}")
-        if x.shape[2] != first.shape[2]:
-            raise ValueError(f"{first_name} has {first.shape[2]} tokens, {name} has {x.shape[2]}")
+    first_name, first = next(iter(teacher.items()))
+    device, (batch, _, length, _) = first.device, first.shape
     for whose, tensors in (("teacher", teacher), ("student", student)):
-        (first_name, first), *others = tensors.items()
-        for name, x in others:
-            if x.dtype != first.dtype:
-                raise TypeError(f"the {whose}'s {first_name} is {first.dtype}, its {name} {x.dtype}; give it one dtype")
+        own_name, own = next(iter(tensors.items()))
+        dtype = own.dtype
+        for name, x in tensors.items():
+            x_batch, _, x_length, _ = x.shape
+            if x.device != device:
+                raise ValueError(
+                    f"teacher's {first_name} is on {device}, {whose}'s {name} on {x.device}; all must be on one device"
+                )
+            if x_batch != batch:
+                raise ValueError(f"teacher's {first_name} has batch size {batch}, {whose}'s {name} has {x_batch}")
+            if x_length != length:
+                raise ValueError(f"teacher's {first_name} has {length} tokens, {whose}'s {name} has {x_length}")
+            if x.dtype != dtype:
+                raise TypeError(f"the {whose}'s {own_name} is {dtype}, its {name} {x.dtype}; give it one dtype")
 
 
 def check_equal_heads(relation: str, teacher_heads: int, student_heads: int) -> None:
@@ -72,6 +76,8 @@ def check_equal_heads(relation: str, teacher_heads: int, student_heads: int) -> 
 def check_pattern(pattern: Pattern, batch: int, length: int, device: torch.device) -> None:
     """Shapes, types and devices of what restricts the keys; values too where that costs no synchronisation."""
     mask, causal, prefix, cu_seqlens = pattern
+    if mask is None and prefix is None and cu_seqlens is None:
+        return
     if cu_seqlens is not None and (mask is not None or prefix is not None):
         other = "attention_mask" if mask is not None else "prefix_lengths"
         raise ValueError(f"cu_seqlens and {other} exclude each other: packed sequences have no padding and no prefix")
@@ -131,7 +137,7 @@ def relation_weights(relations: Sequence[str] | Mapping[str, float]) -> dict[str
     if not names:
         raise ValueError("relations is empty; MiniLM uses ('qk', 'vv'), MiniLMv2 ('qq', 'kk', 'vv')")
     for name in names:
-        if not (isinstance(name, str) and len(name) == 2 and set(name) <= set("qkv")):
+        if not (isinstance(name, str) and name in RELATIONS):
             raise ValueError(f"unknown relation {name!r}; a relation is two of the letters q, k, v")
         if names.count(name) > 1:
             raise ValueError(f"relation {name!r} is named {names.count(name)} times; give it a weight instead")
@@ -147,8 +153,8 @@ def relation_weights(relations: Sequence[str] | Mapping[str, float]) -> dict[str
 def choose_implementation(implementation: str | None, tensors: Sequence[Tensor]) -> str:
     """The named implementation if it takes these tensors, else an error; None means the best for the device."""
     device = tensors[0].device.type
-    dim = max(x.shape[3] for x in tensors)
-    double = any(x.dtype == torch.float64 for x in tensors)
+    dim = max([x.shape[3] for x in tensors])
+    double = torch.float64 in [x.dtype for x in tensors]
     if implementation is None:
         fits = device == "cuda" and dim <= MAX_TRITON_DIM and not double
         return "triton" if fits and importlib.util.find_spec("triton") else "chunked"

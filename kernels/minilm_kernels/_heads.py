@@ -16,19 +16,9 @@ def relation_pair(x: Tensor, y: Tensor, relation_heads: int | None, whose: str) 
     if y is x:
         x = split_heads(x, relation_heads, whose)
         return x, x
-    heads = max(x.shape[1], y.shape[1])
-    for side in (x, y):
-        if heads % side.shape[1]:
-            raise ValueError(
-                f"the {whose}'s head counts {x.shape[1]} and {y.shape[1]} differ and the larger is no multiple of the "
-                "smaller"
-            )
-    x, y = (
-        split_heads(
-            side if side.shape[1] == heads else side.repeat_interleave(heads // side.shape[1], 1), relation_heads, whose
-        )
-        for side in (x, y)
-    )
+    if x.shape[1] != y.shape[1]:
+        x, y = _equal_heads(x, y, whose)
+    x, y = split_heads(x, relation_heads, whose), split_heads(y, relation_heads, whose)
     if x.shape[3] != y.shape[3]:
         raise ValueError(
             f"the {whose}'s head dimensions {x.shape[3]} and {y.shape[3]} differ, so their products do not exist"
@@ -36,10 +26,22 @@ def relation_pair(x: Tensor, y: Tensor, relation_heads: int | None, whose: str) 
     return x, y
 
 
+def _equal_heads(x: Tensor, y: Tensor, whose: str) -> tuple[Tensor, Tensor]:
+    heads = max(x.shape[1], y.shape[1])
+    if heads % x.shape[1] or heads % y.shape[1]:
+        raise ValueError(
+            f"the {whose}'s head counts {x.shape[1]} and {y.shape[1]} differ and the larger is no multiple of the "
+            "smaller"
+        )
+    return x.repeat_interleave(heads // x.shape[1], 1), y.repeat_interleave(heads // y.shape[1], 1)
+
+
 def split_heads(x: Tensor, relation_heads: int | None, whose: str) -> Tensor:
     """(B, H, N, D) -> (B, R, N, H·D/R)."""
+    if relation_heads is None:
+        return x
     batch, heads, length, dim = x.shape
-    if relation_heads is None or relation_heads == heads:
+    if relation_heads == heads:
         return x
     if heads * dim % relation_heads:
         raise ValueError(

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from minilm_kernels import _checks as checks
 from minilm_kernels._allowed import Pattern, allowed_keys
-from minilm_kernels._autograd import relation_op
+from minilm_kernels._autograd import relation_losses
 from minilm_kernels._heads import relation_pair
 from minilm_kernels._reference import reference_losses
 from minilm_kernels._relations import Relations
 
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
 Sides = tuple[Tensor, Tensor, Tensor, Tensor]  # x and y of the teacher, x and y of the student
-Group = tuple[list[str], Tensor, Tensor]  # names of relations, their weighted sum, their losses detached
+Losses = tuple[Tensor, list[str], list[Tensor]]
 
 
 def fused_minilm_loss(
@@ -67,7 +67,7 @@ def fused_minilm_loss(
     >>> fused_minilm_loss((q, q, q), (q, 3 * q, q))
     tensor(0.1794)
     """
-    groups = _checked_losses(
+    total, _, _ = _checked_losses(
         teacher,
         student,
         checks.relation_weights(relations),
@@ -77,7 +77,7 @@ def fused_minilm_loss(
         reduction,
         implementation,
     )
-    return _total(groups)
+    return total
 
 
 def minilm_losses(
@@ -95,18 +95,11 @@ def minilm_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`fused_minilm_loss`, and the loss of each relation by name, unweighted and detached."""
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
-    groups = _checked_losses(
+    total, names, values = _checked_losses(
         teacher, student, relation_weights, relation_heads, pattern, temperature, reduction, implementation
     )
-    parts = {name: part for names, _, losses in groups for name, part in zip(names, losses.unbind(0), strict=True)}
-    return _total(groups), {name: parts[name] for name in relation_weights}
-
-
-def _total(groups: list[Group]) -> Tensor:
-    total = groups[0][1]
-    for _, loss, _ in groups[1:]:
-        total = total + loss
-    return total
+    parts = dict(zip(names, (part for value in values for part in value.unbind(0)), strict=True))
+    return total, {name: parts[name] for name in relation_weights}
 
 
 def _checked_losses(
@@ -118,7 +111,7 @@ def _checked_losses(
     temperature: float,
     reduction: str,
     implementation: str | None,
-) -> list[Group]:
+) -> Losses:
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     teacher_tensors = checks.check_triple("teacher", teacher, relation_weights)
     student_tensors = checks.check_triple("student", student, relation_weights)
@@ -165,8 +158,8 @@ def relation_kl(
     checks.check_same_place(*tensors)
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
     sides = {"x-y": (x_t, y_t, x_s, y_s)}
-    [(_, loss, _)] = _losses(sides, {"x-y": 1.0}, relation_heads, pattern, temperature, reduction, implementation)
-    return loss
+    loss, _, _ = _losses(sides, {"x-y": 1.0}, relation_heads, pattern, temperature, reduction, implementation)
+    return loss[0] if reduction == "none" else loss
 
 
 def _losses(
@@ -177,15 +170,16 @@ def _losses(
     temperature: float,
     reduction: str,
     implementation: str | None,
-) -> list[Group]:
-    """The relations in groups that one call of an op takes.
+) -> Losses:
+    """The weighted sum; the relations in the order of the groups that one call of an op takes; their detached losses.
 
-    Under reduction "none" there is one relation, and its rows (B, R, N) stand for the weighted sum.
+    Under reduction "none" there is one relation, and its rows (1, B, R, N) stand for the weighted sum.
     """
     checks.check_temperature(temperature)
     checks.check_relation_heads(relation_heads)
     first = next(iter(sides.values()))[0]
-    checks.check_pattern(pattern, first.shape[0], first.shape[2], first.device)
+    device, (batch, _, length, _) = first.device, first.shape
+    checks.check_pattern(pattern, batch, length, device)
     groups: list[tuple[Any, dict[str, Sides]]] = []
     for name, (x_t, y_t, x_s, y_s) in sides.items():
         is_self = y_t is x_t and y_s is x_s
@@ -193,38 +187,40 @@ def _losses(
         x_s, y_s = relation_pair(x_s, y_s, relation_heads, "student")
         checks.check_equal_heads(name, x_t.shape[1], x_s.shape[1])
         tensors = (x_t, y_t, x_s, y_s)
-        kind = is_self, *((x.shape, x.stride(), x.dtype) for x in tensors)
+        kind = is_self, [(x.shape, x.stride(), x.dtype) for x in ((x_t, x_s) if is_self else tensors)]
         for known, group in groups:  # compared, not hashed: a hash would fix the lengths of a compiled graph
             if known == kind:
                 group[name] = tensors
                 break
         else:
             groups.append((kind, {name: tensors}))
-    split = [x for _, group in groups for tensors in group.values() for x in tensors]
-    chosen = checks.choose_implementation(implementation, split)
-    wide = torch.promote_types(split[2].dtype, torch.float32)
-    allowed, row_weight, factor = allowed_keys(pattern, reduction, first.shape[0], first.shape[2], first.device, wide)
-    results = []
+    chosen = checks.choose_implementation(
+        implementation, [x for _, group in groups for x in next(iter(group.values()))]
+    )
+    wide = torch.promote_types(x_s.dtype, torch.float32)
+    allowed, row_weight, factor = allowed_keys(pattern, reduction, batch, length, device, wide)
+    relations = []
     for (is_self, *_), group in groups:
-        xs_t, ys_t, xs_s, ys_s = (list(side) for side in zip(*group.values(), strict=True))
+        xs_t, ys_t, xs_s, ys_s = ([tensors[i] for tensors in group.values()] for i in range(4))
         heads, d_t, d_s = xs_t[0].shape[1], xs_t[0].shape[3], xs_s[0].shape[3]
-        relations = Relations(
-            xs_t,
-            [] if is_self else ys_t,
-            xs_s,
-            [] if is_self else ys_s,
-            *allowed,
-            row_weight,
-            factor if reduction in ("sum", "none") else factor / heads,
-            1 / (math.sqrt(d_t) * temperature),
-            1 / (math.sqrt(d_s) * temperature),
-            symmetric=not pattern.causal,
-            sums=reduction != "none",
+        relations.append(
+            Relations(
+                xs_t,
+                [] if is_self else ys_t,
+                xs_s,
+                [] if is_self else ys_s,
+                *allowed,
+                row_weight,
+                factor if reduction in ("sum", "none") else factor / heads,
+                1 / (math.sqrt(d_t) * temperature),
+                1 / (math.sqrt(d_s) * temperature),
+                symmetric=not pattern.causal,
+                sums=reduction != "none",
+            )
         )
-        group_weights = [weights[name] for name in group]
-        if chosen == "reference":
-            loss, parts = reference_losses(relations, pattern, group_weights)
-        else:
-            loss, parts = relation_op(relations, group_weights, chosen)
-        results.append((list(group), loss if relations.sums else loss[0], parts))
-    return results
+    group_weights = [[weights[name] for name in group] for _, group in groups]
+    if chosen == "reference":
+        total, values = reference_losses(relations, group_weights, pattern)
+    else:
+        total, values = relation_losses(relations, group_weights, chosen)
+    return total, [name for _, group in groups for name in group], values

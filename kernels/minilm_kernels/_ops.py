@@ -60,9 +60,8 @@ for _implementation in ("triton", "chunked"):
     _register(_implementation)
 
 
-def _op(name: str) -> Callable[[str], Callable[..., Any]]:
-    ops = {i: getattr(torch.ops.minilm_kernels, f"{i}_{name}").default for i in ("triton", "chunked")}
-    return ops.__getitem__
+def _ops(name: str) -> dict[str, Callable[..., Any]]:
+    return {i: getattr(torch.ops.minilm_kernels, f"{i}_{name}").default for i in ("triton", "chunked")}
 
 
-forward, backward, backward_ = _op("forward"), _op("backward"), _op("backward_")
+FORWARD, BACKWARD, BACKWARD_IN_PLACE = _ops("forward"), _ops("backward"), _ops("backward_")  # by implementation

@@ -5,6 +5,9 @@
 B batch, R relation heads, N tokens, d dimension of a relation head, τ temperature.
 """
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -54,18 +57,21 @@ def _log_softmax(scores: Tensor) -> Tensor:
     return torch.log_softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
-def reference_losses(relations: Relations, pattern: Pattern, relation_weights: list[float]) -> tuple[Tensor, Tensor]:
-    """(Σ relation weight · loss, detached losses (relations,)); without sums the rows (relations, B, R, N), twice."""
-    rows = torch.stack(
-        [
-            reference_rows(*tensors, pattern, relations.scale_t, relations.scale_s)
-            for tensors in zip(relations.x_t, relations.keys_t, relations.x_s, relations.keys_s, strict=True)
-        ]
-    )
-    if not relations.sums:
-        return rows, rows.detach()
-    if relations.row_weight is not None:
-        rows = rows * relations.row_weight.unsqueeze(1)
-    losses = rows.sum((1, 2, 3)) * relations.weight
-    total = torch.stack([loss * weight for loss, weight in zip(losses, relation_weights, strict=True)]).sum()
-    return total, losses.detach()
+def reference_losses(
+    groups: Sequence[Relations], weights: Sequence[list[float]], pattern: Pattern
+) -> tuple[Tensor, list[Tensor]]:
+    """Σ relation weight · loss, and of each group the losses (relations,), detached.
+
+    Without sums, of one group only, the rows (relations, B, R, N), twice.
+    """
+    values = []
+    for group in groups:
+        tensors = zip(group.x_t, group.keys_t, group.x_s, group.keys_s, strict=True)
+        rows = torch.stack([reference_rows(*sides, pattern, group.scale_t, group.scale_s) for sides in tensors])
+        if not group.sums:
+            return rows, [rows.detach()]
+        if group.row_weight is not None:
+            rows = rows * group.row_weight.unsqueeze(1)
+        values.append(rows.sum((1, 2, 3)) * group.weight)
+    losses = (loss * weight for loss, weight in zip(torch.cat(values), chain(*weights), strict=True))
+    return torch.stack(list(losses)).sum(), [value.detach() for value in values]

@@ -15,7 +15,7 @@ from minilm_kernels._triton._launch import Launch, group, lse_argument, row_weig
 from minilm_kernels._triton._plan import Tiles, dimensions, lse_parts, padded, structure
 from minilm_kernels._triton._resident import resident, scale_in_place
 from minilm_kernels._triton._rows import row_sweep
-from minilm_kernels._triton._self import self_sweep
+from minilm_kernels._triton._self import key_factors, self_sweep
 from minilm_kernels._triton._tune import planned
 
 LOG2_E = 1.4426950408889634
@@ -62,8 +62,9 @@ def backward(
     if kind == "resident":
         launches = [scale_launch(relations, grad, relation_weights, gradients) for gradients in (dx, dy) if gradients]
     elif kind == "self":
-        build = partial(self_launch, relations, lse_t, lse_s, grad, relation_weights, dx)
-        launches = [planned("self", relations, build)]
+        bases, factors = ([torch.empty_like(x) for _ in range(2)] for x in (lse_t[0, ..., 0], lse_t[0]))
+        build = partial(self_launch, relations, lse_t, lse_s, bases, factors, grad, relation_weights, dx)
+        launches = [factor_launch(relations, lse_t, lse_s, bases, factors), planned("self", relations, build)]
     else:
         build = partial(key_launch, relations, lse_t, lse_s, grad, relation_weights, dx, dy)
         launches = [planned("keys", relations, build)]
@@ -149,10 +150,28 @@ def key_launch(
     return Launch(key_sweep, programs, arguments, num_warps, num_stages)
 
 
+def factor_launch(
+    relations: Relations, lse_t: Tensor, lse_s: Tensor, bases: list[Tensor], factors: list[Tensor]
+) -> Launch:
+    count, batch, heads, length = relations.shape
+    arguments = {
+        "lse_t": lse_argument(lse_t),
+        "lse_s": lse_argument(lse_s),
+        "base_t": bases[0],
+        "base_s": bases[1],
+        "factor_t": factors[0],
+        "factor_s": factors[1],
+        "N": length,
+    }
+    return Launch(key_factors, count * batch * heads, arguments, 4, 1)
+
+
 def self_launch(
     relations: Relations,
     lse_t: Tensor,
     lse_s: Tensor,
+    bases: list[Tensor],
+    factors: list[Tensor],
     grad: Tensor,
     relation_weights: list[float],
     dx: list[Tensor],
@@ -164,6 +183,8 @@ def self_launch(
         "holes": relations.holes,
         "lse_t": lse_argument(lse_t),
         "lse_s": lse_argument(lse_s),
+        "bases": tuple(bases),
+        "factors": tuple(factors),
         "grad": grad,
         "relation_weights": tuple(relation_weights),
         "dx": group(dx),

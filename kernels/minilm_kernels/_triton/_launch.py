@@ -32,5 +32,5 @@ def row_weights(x: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def lse_argument(lse: Tensor) -> tuple[Any, ...] | None:
-    """Logarithms of the softmax sums (parts, G, B, R, N) as (high, low); low is None where one number holds them."""
-    return None if len(lse) == 0 else (lse[0], lse[1] if len(lse) == 2 else None)
+    """Logarithms of the softmax sums (parts, G, B, R, N), parts apart. (Triton 3.6 takes no None inside a tuple.)"""
+    return tuple(lse.unbind(0)) or None

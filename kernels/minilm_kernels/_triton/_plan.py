@@ -8,10 +8,12 @@
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from minilm_kernels._relations import Relations
 
 RESIDENT_DIM = 64
+_TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 class Tiles(NamedTuple):
@@ -33,13 +35,14 @@ _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     },
     90: {
         "forward": {64: Tiles(128, 128, 8, 2)},
-        "rows": {32: Tiles(128, 128, 8, 2), 64: Tiles(128, 64, 8, 2), 128: Tiles(64, 32, 4, 2)},
+        "rows": {64: Tiles(128, 128, 8, 2), 128: Tiles(64, 32, 4, 2)},
         "keys": {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 128, 8, 2)},
-        "self": {32: Tiles(64, 128, 4, 2), 128: Tiles(128, 64, 8, 2)},
+        "self": {32: Tiles(128, 64, 4, 2), 64: Tiles(128, 128, 8, 2), 128: Tiles(128, 64, 8, 2)},
     },
     100: {
         "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
-        "self": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2)},
+        "keys": {64: Tiles(64, 128, 4, 2)},
+        "self": {32: Tiles(128, 128, 8, 2), 64: Tiles(128, 64, 8, 2), 128: Tiles(64, 32, 4, 2)},
     },
 }
 
@@ -62,7 +65,7 @@ def structure(relations: Relations) -> str:
 
 def resident_tokens(architecture: int, element_size: int) -> int:
     """Longest sequence whose scores stay in registers: tensor cores that read operands from memory leave more."""
-    if element_size > 2:
+    if element_size > 2 or (architecture == 100 and _TRITON < (3, 8)):  # before 3.8, it fails to compile larger ones
         return 32
     return 128 if architecture >= 90 else 64
 

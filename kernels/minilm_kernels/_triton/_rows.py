@@ -39,7 +39,7 @@ def row_sweep(
     holes,  # (B,) or None
     row_weight,  # (pointer, strides) of (B, N), or None
     value,  # SUMS: (programs,), Σ weight · KL of each; else (G, B, R, N)
-    lse_t,  # (m + log2 l, None) or (m, log2 l), each (G, B, R, N), or None
+    lse_t,  # (m + log2 l,) or (m, log2 l), each (G, B, R, N), or None
     lse_s,
     dx,  # of G tensors (B, R, N, D_S), or None
     scales,  # scale_t log2 e, scale_s log2 e, scale_s, weight

@@ -5,8 +5,9 @@ The scores are symmetric, s_ij = s_ji, so that with weights equal along a sequen
     dX_i = w_i scale_S Σ_j (Q_ij + Q_ji − P_ij − P_ji) x_j
     P_ij + P_ji = 2^(t_ij − lse_i) (1 + 2^(lse_i − lse_j)) = e_ij (1 + a_i b_j)
     a_i = 2^(lse_i − c),   b_j = 2^(c − lse_j)
-and likewise Q: two exponentials an element instead of four. c is the middle of the lse that the sweep meets; where they
-spread over more than SPREAD powers of two, a_i b_j could overflow while e_ij underflows, and all four are computed.
+and likewise Q: two exponentials an element instead of four. c is the smallest lse of the head, so that no b overflows.
+Tiles with a row whose lse is more than HEADROOM above c compute all four; in the others what e_ij or b_j lose by
+underflow is below 2^(HEADROOM − 126) of a probability.
 
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
@@ -18,7 +19,6 @@ from minilm_kernels._triton._steps import (
     FLOOR,
     head_pointer,
     is_token,
-    load_all_lse,
     load_lse,
     load_tile,
     load_tokens,
@@ -30,8 +30,39 @@ from minilm_kernels._triton._steps import (
     weight_of,
 )
 
-SPREAD: tl.constexpr = tl.constexpr(100.0)
+HEADROOM: tl.constexpr = tl.constexpr(64.0)
 SCAN: tl.constexpr = tl.constexpr(1024)
+
+
+@triton.jit
+def key_factors(
+    lse_t,  # as row_sweep stores it
+    lse_s,
+    base_t,  # (G, B, R), c of each head
+    base_s,
+    factor_t,  # (G, B, R, N), b of each key
+    factor_s,
+    N,
+):
+    _key_factors(lse_t, base_t, factor_t, N)
+    _key_factors(lse_s, base_s, factor_s, N)
+
+
+@triton.jit
+def _key_factors(lse, base, factor, N):
+    head = tl.program_id(0).to(tl.int64)
+    lowest = tl.full([SCAN], float("inf"), tl.float32)  # where there is no token, as lse is
+    for n in range(0, N, SCAN):
+        offs = n + tl.arange(0, SCAN)
+        high, low = load_lse(lse, head * N + offs, offs < N)
+        lowest = tl.minimum(lowest, tl.where(offs < N, high + low, float("inf")))
+    c = tl.min(lowest, 0)
+    c = tl.where(c < float("inf"), c, 0.0)
+    tl.store(base + head, c)
+    for n in range(0, N, SCAN):
+        offs = n + tl.arange(0, SCAN)
+        high, low = load_lse(lse, head * N + offs, offs < N)
+        tl.store(factor + head * N + offs, tl.exp2(tl.where(offs < N, c - high - low, 0.0)), mask=offs < N)
 
 
 @triton.jit
@@ -43,6 +74,8 @@ def self_sweep(
     row_weight,  # (pointer, strides) of (B, N), or None
     lse_t,  # as row_sweep stores it
     lse_s,
+    bases,  # c_t and c_s, as key_factors stores them
+    factors,  # b_t and b_s
     grad,  # of the weighted sum, one number
     relation_weights,
     dx,  # of G tensors (B, R, N, D_S)
@@ -70,11 +103,9 @@ def self_sweep(
     at = ((relation * B + batch) * R + head).to(tl.int64) * N
     own_t, low_t = load_lse(lse_t, at + offs_m, token)
     own_s, low_s = load_lse(lse_s, at + offs_m, token)
-    c_t, fits_t = _middle(lse_t[0] + at, start, full)
-    c_s, fits_s = _middle(lse_s[0] + at, start, full)
-    full = tl.where(fits_t & fits_s & _near(own_t, c_t, token) & _near(own_s, c_s, token), full, start)
-    a_t = tl.exp2(tl.minimum(own_t - c_t, SPREAD) + low_t)
-    a_s = tl.exp2(tl.minimum(own_s - c_s, SPREAD) + low_s)
+    above_t, above_s = _above(bases[0], at // N, own_t, low_t, token), _above(bases[1], at // N, own_s, low_s, token)
+    full = tl.where(tl.maximum(tl.max(above_t, 0), tl.max(above_s, 0)) <= HEADROOM, full, start)
+    a_t, a_s = tl.exp2(tl.minimum(above_t, HEADROOM)), tl.exp2(tl.minimum(above_s, HEADROOM))
     sums = tl.zeros([BLOCK_M, DIM_S], tl.float32)
 
     for n in range(start, full, BLOCK_N):
@@ -83,9 +114,7 @@ def self_sweep(
         tile_s = load_tile(x_s, base_s, n, D_S, DIM_S, BLOCK_N)
         t = tl.dot(query_t, tile_t.T, input_precision=PRECISION) * scales[0]
         s = tl.dot(query_s, tile_s.T, input_precision=PRECISION) * scales[1]
-        key_t, key_low_t = load_all_lse(lse_t, at + offs_n)
-        key_s, key_low_s = load_all_lse(lse_s, at + offs_n)
-        b_t, b_s = tl.exp2(c_t - key_t - key_low_t), tl.exp2(c_s - key_s - key_low_s)
+        b_t, b_s = tl.load(factors[0] + at + offs_n), tl.load(factors[1] + at + offs_n)
         g = probability(s, lse_s, own_s, low_s, 1) * (1.0 + a_s[:, None] * b_s[None, :])
         g -= probability(t, lse_t, own_t, low_t, 1) * (1.0 + a_t[:, None] * b_t[None, :])
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
@@ -110,19 +139,6 @@ def self_sweep(
 
 
 @triton.jit
-def _middle(lse, start, end):
-    """Middle of lse[start:end], and whether they spread over at most SPREAD."""
-    low, high = tl.full([SCAN], float("inf"), tl.float32), tl.full([SCAN], float("-inf"), tl.float32)
-    for n in range(start, end, SCAN):
-        offs = n + tl.arange(0, SCAN)
-        low = tl.minimum(low, tl.load(lse + offs, mask=offs < end, other=float("inf")))
-        high = tl.maximum(high, tl.load(lse + offs, mask=offs < end, other=float("-inf")))
-    any_token = start < end
-    lowest, highest = tl.where(any_token, tl.min(low, 0), 0.0), tl.where(any_token, tl.max(high, 0), 0.0)
-    return (lowest + highest) * 0.5, highest - lowest <= SPREAD
-
-
-@triton.jit
-def _near(lse, middle, token):
-    """Whether these too lie within half of SPREAD of the middle."""
-    return tl.max(tl.where(token, tl.abs(lse - middle), 0.0), 0) <= SPREAD * 0.5
+def _above(base, head, lse, low, token):
+    """How far the lse of the tokens lie above the smallest of their head."""
+    return tl.where(token, lse - tl.load(base + head) + low, 0.0)

@@ -141,7 +141,7 @@ def weight_of(row_weight, weight, batch, start, inside, BLOCK: tl.constexpr):
 @triton.jit
 def store_lse(lse, offs, token, inside, m, total):
     """Logarithm of a softmax sum: m + log2 total, or both apart where lse is a pair; inf where there is no token."""
-    if lse[1] is None:
+    if len(lse) == 1:
         tl.store(lse[0] + offs, tl.where(token, m + tl.log2(total), float("inf")), mask=inside)
     else:
         tl.store(lse[0] + offs, tl.where(token, m, float("inf")), mask=inside)
@@ -152,7 +152,7 @@ def store_lse(lse, offs, token, inside, m, total):
 def load_lse(lse, offs, token):
     """The two parts of the logarithms of softmax sums; the second is 0 where they are stored as one number."""
     high = tl.load(lse[0] + offs, mask=token, other=0.0)
-    if lse[1] is None:
+    if len(lse) == 1:
         return high, tl.zeros_like(high)
     else:
         return high, tl.load(lse[1] + offs, mask=token, other=0.0)
@@ -161,7 +161,7 @@ def load_lse(lse, offs, token):
 @triton.jit
 def load_all_lse(lse, offs):
     high = tl.load(lse[0] + offs)
-    if lse[1] is None:
+    if len(lse) == 1:
         return high, tl.zeros_like(high)
     else:
         return high, tl.load(lse[1] + offs)
@@ -171,6 +171,6 @@ def load_all_lse(lse, offs):
 def probability(scores, lse, high, low, AXIS: tl.constexpr):
     """2^(scores − lse), lse along the other axis; in two steps, so that the rounding of a large lse does not count."""
     scores -= tl.expand_dims(high, AXIS)
-    if lse[1] is not None:
+    if len(lse) == 2:
         scores -= tl.expand_dims(low, AXIS)
     return tl.exp2(scores)
