@@ -18,7 +18,7 @@ class Memory(NamedTuple):
 
 def memory(run: Callable[[], object], trace: Path) -> Memory:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=activities, profile_memory=True) as profiler:
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         kept = run()
     del kept
     profiler.export_chrome_trace(str(trace))

@@ -173,7 +173,7 @@ def test_equal_models_and_no_rows(device: str) -> None:
 def largest_and_peak(run: Any, trace: Path) -> tuple[int, int]:
     """Bytes of the largest allocation, and the most held above what was held before."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=activities, profile_memory=True) as profiler:
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         kept = run()
     del kept
     profiler.export_chrome_trace(str(trace))
