@@ -9,6 +9,7 @@ project need not be installed: its sources are found beside this file.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import signal
@@ -35,7 +36,9 @@ def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
     options = ["--out", str(RESULTS), "--seconds", str(MEASURE_SECONDS), *(["--commit", commit] if commit else [])]
     if part == "tests":
         files = [*(ROOT / "tests").glob("test_loss_*.py"), ROOT / "tests" / "test_outputs.py"]
-        return [[python, "-m", "pytest", "-q", *sorted(map(str, files))]]  # natively on CUDA where there is one
+        # Natively on CUDA where there is one, and most of the time is the compiler's, on the CPU.
+        parallel = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+        return [[python, "-m", "pytest", "-q", "--maxfail=20", *parallel, *sorted(map(str, files))]]
     if part == "bench":
         return [[python, str(bench / "loss_bench.py"), *options]]
     if part == "step":
