@@ -25,7 +25,8 @@ def relation_losses(
     if torch.is_grad_enabled() and any(x.requires_grad for x in student):
         teacher = [x.detach() for group in groups for x in (*group.x_t, *group.y_t)]
         sizes = [(len(group.x_s), len(group.y_s)) for group in groups]
-        masks, constants = tuple(groups[0][4:7]), [tuple(group[7:]) for group in groups]
+        masks = groups[0].bounds, groups[0].holes, groups[0].row_weight
+        constants = [(g.weight, g.scale_t, g.scale_s, g.symmetric, g.sums) for g in groups]
         if torch.compiler.is_compiling():
             student = [x.view_as(x) for x in student]  # dynamo takes no tensor twice, as in QK beside KK
         total, *values = _RelationLosses.apply(  # type: ignore[no-untyped-call]
@@ -71,7 +72,7 @@ class _RelationLosses(torch.autograd.Function):
         teacher: list[Tensor],  # of each group x_t of every relation, then y_t
         masks: tuple[Any, ...],  # bounds, holes and row_weight, which all groups have in common
         sizes: list[tuple[int, int]],  # numbers of x and of y of each group
-        constants: list[tuple[Any, ...]],  # the fields of each Relations after the tensors
+        constants: list[tuple[Any, ...]],  # of each group: weight, scale_t, scale_s, symmetric, sums
         weights: Sequence[list[float]],
         implementation: str,
         *student: Tensor,  # as the teacher's
