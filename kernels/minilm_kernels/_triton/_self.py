@@ -100,10 +100,11 @@ def self_sweep(
     base_t, base_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
     query_t = load_tokens(x_t, base_t, m, token, D_T, DIM_T, BLOCK_M)
     query_s = load_tokens(x_s, base_s, m, token, D_S, DIM_S, BLOCK_M)
-    at = ((relation * B + batch) * R + head).to(tl.int64) * N
+    which = ((relation * B + batch) * R + head).to(tl.int64)
+    at = which * N
     own_t, low_t = load_lse(lse_t, at + offs_m, token)
     own_s, low_s = load_lse(lse_s, at + offs_m, token)
-    above_t, above_s = _above(bases[0], at // N, own_t, low_t, token), _above(bases[1], at // N, own_s, low_s, token)
+    above_t, above_s = _above(bases[0] + which, own_t, low_t, token), _above(bases[1] + which, own_s, low_s, token)
     full = tl.where(tl.maximum(tl.max(above_t, 0), tl.max(above_s, 0)) <= HEADROOM, full, start)
     a_t, a_s = tl.exp2(tl.minimum(above_t, HEADROOM)), tl.exp2(tl.minimum(above_s, HEADROOM))
     sums = tl.zeros([BLOCK_M, DIM_S], tl.float32)
@@ -139,6 +140,6 @@ def self_sweep(
 
 
 @triton.jit
-def _above(base, head, lse, low, token):
+def _above(base, lse, low, token):
     """How far the lse of the tokens lie above the smallest of their head."""
-    return tl.where(token, lse - tl.load(base + head) + low, 0.0)
+    return tl.where(token, lse - tl.load(base) + low, 0.0)
