@@ -198,3 +198,21 @@ def test_reference_supports_gradient_penalties(device: str) -> None:
         assert x.grad.isfinite().all()
         assert x.grad.masked_select(token).ne(0).all()
         assert x.grad.masked_select(~token).eq(0).all()
+
+
+class _ReturnsNoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_an_undefined_gradient_stays_undefined(implementation: str, device: str) -> None:
+    inputs = build(Case(id="undefined", n=7, relations=("qk", "vv")), device)
+    student = [x.clone().requires_grad_() for x in inputs.student]
+    loss = fused_minilm_loss(inputs.teacher, student, **inputs.options, implementation=implementation)
+    _ReturnsNoGradient.apply(loss).backward()  # type: ignore[no-untyped-call]
+    assert all(x.grad is None for x in student)

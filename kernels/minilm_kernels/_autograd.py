@@ -83,13 +83,19 @@ class _RelationLosses(torch.autograd.Function):
         ctx.options = masks, sizes, constants, weights, implementation
         ctx.prepared = [result[3:] for result in results]
         values = [result[0] for result in results]
-        total = _total(values, weights) if groups[0].sums else values[0]
-        values = [value.detach() for value in values]
+        if groups[0].sums:
+            total = _total(values, weights)
+        else:
+            [total] = values
+            values = [total.detach()]
         ctx.mark_non_differentiable(*values)
+        ctx.set_materialize_grads(False)  # else backward begins with zeros for each of them
         return total, *values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         masks, sizes, constants, weights, implementation = ctx.options
         saved, count = ctx.saved_tensors, sum(rows + keys for rows, keys in sizes)
         student, lse = saved[:count], saved[2 * count :]
