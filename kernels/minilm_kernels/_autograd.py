@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minilm_kernels import _ops
-from minilm_kernels._relations import Relations
+from minilm_kernels._relations import Relations, weighted_total
 
 
 def relation_losses(
@@ -35,17 +35,7 @@ def relation_losses(
         return total, values
     with torch.no_grad():  # the teacher may require gradients, and gets none
         values = [_ops.FORWARD[implementation](*group, False)[0] for group in groups]
-    return (_total(values, weights) if groups[0].sums else values[0]), values
-
-
-def _total(values: list[Tensor], weights: Sequence[list[float]]) -> Tensor:
-    if any(weight != 1 for of_group in weights for weight in of_group):
-        values = [
-            part * weight
-            for value, of_group in zip(values, weights, strict=True)
-            for part, weight in zip(value.split(1), of_group, strict=True)
-        ]
-    return (torch.cat(values) if len(values) > 1 else values[0]).sum()
+    return (weighted_total(values, weights) if groups[0].sums else values[0]), values
 
 
 def _groups(
@@ -84,7 +74,7 @@ class _RelationLosses(torch.autograd.Function):
         ctx.prepared = [result[3:] for result in results]
         values = [result[0] for result in results]
         if groups[0].sums:
-            total = _total(values, weights)
+            total = weighted_total(values, weights)
         else:
             [total] = values
             values = [total.detach()]

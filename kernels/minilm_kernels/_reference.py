@@ -6,13 +6,12 @@ B batch, R relation heads, N tokens, d dimension of a relation head, τ temperat
 """
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from minilm_kernels._allowed import Pattern, allowed_matrix
-from minilm_kernels._relations import Relations
+from minilm_kernels._relations import Relations, weighted_total
 
 
 def reference_rows(
@@ -73,5 +72,4 @@ def reference_losses(
         if group.row_weight is not None:
             rows = rows * group.row_weight.unsqueeze(1)
         values.append(rows.sum((1, 2, 3)) * group.weight)
-    losses = (loss * weight for loss, weight in zip(torch.cat(values), chain(*weights), strict=True))
-    return torch.stack(list(losses)).sum(), [value.detach() for value in values]
+    return weighted_total(values, weights), [value.detach() for value in values]

@@ -60,6 +60,17 @@ class Relations(NamedTuple):
         return self.x_s[0].new_empty(shape[:1] if self.sums else shape, dtype=self.wide)
 
 
+def weighted_total(values: list[Tensor], weights: Sequence[list[float]]) -> Tensor:
+    """Σ relation weight · loss, of the losses (relations,) of each group."""
+    if any(weight != 1 for of_group in weights for weight in of_group):
+        values = [
+            part * weight
+            for value, of_group in zip(values, weights, strict=True)
+            for part, weight in zip(value.split(1), of_group, strict=True)
+        ]
+    return (torch.cat(values) if len(values) > 1 else values[0]).sum()
+
+
 SCHEMA = (
     "Tensor[] x_t, Tensor[] y_t, Tensor[] x_s, Tensor[] y_s, Tensor? bounds, Tensor? holes, Tensor? row_weight, "
     "float weight, float scale_t, float scale_s, bool symmetric, bool sums"
