@@ -147,6 +147,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "temperature 0": ({"temperature": 0.0}, ValueError, ["temperature", "positive", "0.0"]),
     "temperature negative": ({"temperature": -1.5}, ValueError, ["temperature", "positive", "-1.5"]),
     "temperature NaN": ({"temperature": float("nan")}, ValueError, ["temperature", "positive", "nan"]),
+    "temperature a tensor": ({"temperature": torch.tensor(2.0)}, TypeError, ["temperature", "number", "Tensor"]),
     "unknown reduction": ({"reduction": "mean"}, ValueError, ["reduction", "sequence, token, sum", "'mean'"]),
     "rows of a sum of relations": ({"reduction": "none"}, ValueError, ["reduction", "sequence, token, sum", "'none'"]),
     "unknown implementation": (

@@ -134,7 +134,7 @@ def test_prefix_tokens_see_each_other_and_the_rest_sees_back(implementation: str
 )
 def test_the_chunked_path_computes_what_may_be_seen(pattern: Pattern, batch: int, length: int, limit: float) -> None:
     """Each allowed pair once, and few others, as a share of the allowed ones."""
-    bounds = allowed_keys(pattern, "sequence", batch, length, torch.device("cpu"), torch.float32)[0].bounds
+    bounds = allowed_keys(pattern, "sequence", batch, length, torch.device("cpu"), torch.float32)[0]
     allowed = allowed_matrix(pattern, batch, length, torch.device("cpu"))
     computed = torch.zeros(batch, 6, length, length, dtype=torch.int8)
     for block in _blocks(bounds, torch.empty(batch, 6, length, 8, device="meta")):

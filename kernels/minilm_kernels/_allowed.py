@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minilm_kernels._relations import Masks
+
 
 class Pattern(NamedTuple):
     """The allowed keys as the caller names them."""
@@ -25,13 +27,6 @@ class Pattern(NamedTuple):
     def is_full(self) -> bool:
         """Whether every row sees every key."""
         return self.attention_mask is None and self.cu_seqlens is None and not self.causal
-
-
-class Allowed(NamedTuple):
-    """The allowed keys as the implementations read them."""
-
-    bounds: Tensor | None  # (4, B, N) int32: first key and end of keys of a row; first row and end of rows of a key
-    holes: Tensor | None  # (B,) int32: 1 where an interval also holds masked positions; None: nowhere
 
 
 def allowed_matrix(pattern: Pattern, batch: int, length: int, device: torch.device) -> Tensor | None:
@@ -57,18 +52,15 @@ def allowed_matrix(pattern: Pattern, batch: int, length: int, device: torch.devi
 
 def allowed_keys(
     pattern: Pattern, reduction: str, batch: int, length: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Allowed, Tensor | None, float]:
-    """Intervals, and the weight of each row in the reduction, heads apart: a tensor (B, N) in `dtype` and a factor.
+) -> Masks:
+    """The bounds and holes of `Relations`, and the weight of each row in the reduction, heads apart, (B, N) in `dtype`.
 
     "sequence": 1/(tokens of the row's sequence * sequences with tokens); "token": 1/tokens; "sum" and "none": 1.
+    All None where every row sees every key; without mask and packing the weights are None, as all rows weigh the same.
     Everything is computed on the device; no value is read back.
     """
-    if pattern.attention_mask is None and pattern.cu_seqlens is None:
-        factor = 1.0 if reduction in ("sum", "none") else 1.0 / (batch * length)
-        if pattern.is_full:
-            return Allowed(None, None), None, factor
-    else:
-        factor = 1.0
+    if pattern.is_full:
+        return None, None, None
     position = torch.arange(length, device=device)
     first, end = torch.zeros((1, 1), dtype=torch.int64, device=device), torch.full((1, 1), length, device=device)
     token, holes = None, None
@@ -108,4 +100,4 @@ def allowed_keys(
     bounds = torch.stack([edge.expand(batch, length) for edge in (first, key_end, row_first, end)])
     if token is not None:
         bounds = bounds * token
-    return Allowed(bounds.to(torch.int32), holes), weight, factor
+    return bounds.to(torch.int32), holes, weight

@@ -1,7 +1,7 @@
 """Users' mistakes, each answered by one sentence with both offending values, before any kernel starts."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,57 +12,56 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("sequence", "token", "sum")
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
 RELATIONS = tuple(x + y for x in "qkv" for y in "qkv")
+Layout = tuple[Sequence[int], tuple[int, ...], torch.dtype, torch.device]  # shape, stride, dtype, device of a tensor
 MAX_TRITON_DIM = 256
 
 
-def check_tensor(name: str, x: object) -> Tensor:
-    """A floating tensor (B, H, N, D), none of them 0."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions (B, H, N, D), got {x.dim()}: {tuple(x.shape)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if 0 in x.shape:
-        raise ValueError(f"{name} must have no empty dimension, got {tuple(x.shape)}")
-    return x
-
-
-def check_triple(whose: str, triple: object, relations: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors that the relations use, by letter."""
-    if not isinstance(triple, Sequence) or len(triple) != 3:
-        size = f"{len(triple)} of them" if isinstance(triple, Sequence) else type(triple).__name__
+def check_triple(whose: str, triple: object) -> None:
+    if not isinstance(triple, (tuple, list)) or len(triple) != 3:
+        size = f"{len(triple)} of them" if isinstance(triple, (tuple, list)) else type(triple).__name__
         raise TypeError(f"{whose} must be three tensors (q, k, v), got {size}")
-    used: dict[str, Tensor] = {}
-    for relation in relations:
-        for letter in relation:
-            if letter not in used:
-                x = triple["qkv".index(letter)]
-                if x is None:
-                    raise ValueError(f"relation {relation!r} needs the {whose}'s {letter}, got None")
-                used[letter] = check_tensor(f"{whose}'s {letter}", x)
-    return used
 
 
-def check_same_place(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
-    """One device, batch size and length for all tensors; one dtype within a model."""
-    first_name, first = next(iter(teacher.items()))
-    device, (batch, _, length, _) = first.device, first.shape
-    for whose, tensors in (("teacher", teacher), ("student", student)):
-        own_name, own = next(iter(tensors.items()))
-        dtype = own.dtype
-        for name, x in tensors.items():
-            x_batch, _, x_length, _ = x.shape
-            if x.device != device:
-                raise ValueError(
-                    f"teacher's {first_name} is on {device}, {whose}'s {name} on {x.device}; all must be on one device"
-                )
-            if x_batch != batch:
-                raise ValueError(f"teacher's {first_name} has batch size {batch}, {whose}'s {name} has {x_batch}")
-            if x_length != length:
-                raise ValueError(f"teacher's {first_name} has {length} tokens, {whose}'s {name} has {x_length}")
-            if x.dtype != dtype:
-                raise TypeError(f"the {whose}'s {own_name} is {dtype}, its {name} {x.dtype}; give it one dtype")
+def check_tensors(relation: str, sides: Sequence[object]) -> None:
+    """Whether x_t, y_t, x_s, y_s of a relation are tensors."""
+    for name, x in zip(side_names(relation), sides, strict=True):
+        if x is None and relation in RELATIONS:
+            raise ValueError(f"relation {relation!r} needs the {name}, got None")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def side_names(relation: str) -> list[str]:
+    """What the user calls x_t, y_t, x_s and y_s of a relation; of the one of `relation_kl` so."""
+    if relation not in RELATIONS:
+        return ["x_t", "y_t", "x_s", "y_s"]
+    return [f"{whose}'s {letter}" for whose in ("teacher", "student") for letter in relation]
+
+
+def check_layouts(relations: Sequence[tuple[str, Sequence[Layout]]]) -> None:
+    """Floating tensors (B, H, N, D), no dimension 0; one device, B and N for all, one dtype within a model."""
+    named = [(side_names(relation), layouts) for relation, layouts in relations]
+    for names, layouts in named:
+        for name, (shape, _, dtype, _) in zip(names, layouts, strict=True):
+            if len(shape) != 4:
+                raise ValueError(f"{name} must have 4 dimensions (B, H, N, D), got {len(shape)}: {tuple(shape)}")
+            if dtype not in FLOATS:
+                raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype}")
+            if 0 in shape:
+                raise ValueError(f"{name} must have no empty dimension, got {tuple(shape)}")
+    (first, _, first_student, _), ((shape, _, dtype_t, device), _, (_, _, dtype_s, _), _) = named[0]
+    batch, _, length, _ = shape
+    for names, layouts in named:
+        for place, (name, (x_shape, _, x_dtype, x_device)) in enumerate(zip(names, layouts, strict=True)):
+            if x_device != device:
+                raise ValueError(f"{first} is on {device}, {name} on {x_device}; all must be on one device")
+            if x_shape[0] != batch:
+                raise ValueError(f"{first} has batch size {batch}, {name} has {x_shape[0]}")
+            if x_shape[2] != length:
+                raise ValueError(f"{first} has {length} tokens, {name} has {x_shape[2]}")
+            own, dtype = (first, dtype_t) if place < 2 else (first_student, dtype_s)
+            if x_dtype != dtype:
+                raise TypeError(f"{own} is {dtype}, {name} {x_dtype}; give one model one dtype")
 
 
 def check_equal_heads(relation: str, teacher_heads: int, student_heads: int) -> None:
@@ -111,6 +110,8 @@ def check_pattern(pattern: Pattern, batch: int, length: int, device: torch.devic
 
 
 def check_temperature(temperature: float) -> None:
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature must be a number, got a Tensor")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
@@ -150,15 +151,11 @@ def relation_weights(relations: Sequence[str] | Mapping[str, float]) -> dict[str
     return {name: weight for name, weight in weights.items() if weight}
 
 
-def choose_implementation(implementation: str | None, tensors: Sequence[Tensor]) -> str:
-    """The named implementation if it takes these tensors, else an error; None means the best for the device."""
-    device = tensors[0].device.type
-    dim = max([x.shape[3] for x in tensors])
-    double = torch.float64 in [x.dtype for x in tensors]
+def choose_implementation(implementation: str | None, device: str, dim: int, double: bool) -> str:
+    """The named implementation if it takes `dim` dimensions a head, else an error; None: the best for the device."""
     if implementation is None:
         fits = device == "cuda" and dim <= MAX_TRITON_DIM and not double
         return "triton" if fits and importlib.util.find_spec("triton") else "chunked"
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "triton":
         if double:
             raise TypeError("implementation='triton' takes float32, bfloat16 and float16, got float64")

@@ -3,7 +3,6 @@
 B batch, H heads of a model, R relation heads, N tokens, D head dimension of a model, S packed sequences.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch import Tensor
 from minilm_kernels import _checks as checks
 from minilm_kernels._allowed import Pattern, allowed_keys
 from minilm_kernels._autograd import relation_losses
+from minilm_kernels._grouping import Group, grouping, known_grouping, layout
 from minilm_kernels._heads import relation_pair
 from minilm_kernels._reference import reference_losses
-from minilm_kernels._relations import Relations
 
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
-Sides = tuple[Tensor, Tensor, Tensor, Tensor]  # x and y of the teacher, x and y of the student
-Losses = tuple[Tensor, list[str], list[Tensor]]
+Losses = tuple[Tensor, Tensor, Sequence[Group]]
+_PLACE = {"q": 0, "k": 1, "v": 2}
 
 
 def fused_minilm_loss(
@@ -67,7 +66,7 @@ def fused_minilm_loss(
     >>> fused_minilm_loss((q, q, q), (q, 3 * q, q))
     tensor(0.1794)
     """
-    total, _, _ = _checked_losses(
+    total, *_ = _losses_of_triples(
         teacher,
         student,
         checks.relation_weights(relations),
@@ -95,14 +94,16 @@ def minilm_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`fused_minilm_loss`, and the loss of each relation by name, unweighted and detached."""
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
-    total, names, values = _checked_losses(
+    total, values, groups = _losses_of_triples(
         teacher, student, relation_weights, relation_heads, pattern, temperature, reduction, implementation
     )
-    parts = dict(zip(names, (part for value in values for part in value.unbind(0)), strict=True))
-    return total, {name: parts[name] for name in relation_weights}
+    names = list(relation_weights)
+    order = [names[member] for group in groups for member in group.members]
+    parts = dict(zip(order, values.unbind(0), strict=True))
+    return total, {name: parts[name] for name in names}
 
 
-def _checked_losses(
+def _losses_of_triples(
     teacher: Triple,
     student: Triple,
     relation_weights: Mapping[str, float],
@@ -113,14 +114,11 @@ def _checked_losses(
     implementation: str | None,
 ) -> Losses:
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    teacher_tensors = checks.check_triple("teacher", teacher, relation_weights)
-    student_tensors = checks.check_triple("student", student, relation_weights)
-    checks.check_same_place(teacher_tensors, student_tensors)
-    sides = {
-        name: (teacher_tensors[name[0]], teacher_tensors[name[1]], student_tensors[name[0]], student_tensors[name[1]])
-        for name in relation_weights
-    }
-    return _losses(sides, relation_weights, relation_heads, pattern, temperature, reduction, implementation)
+    checks.check_triple("teacher", teacher)
+    checks.check_triple("student", student)
+    places = [(_PLACE[name[0]], _PLACE[name[1]]) for name in relation_weights]
+    sides = [(teacher[x], teacher[y], student[x], student[y]) for x, y in places]
+    return _losses(relation_weights, sides, relation_heads, pattern, temperature, reduction, implementation)
 
 
 def relation_kl(
@@ -152,75 +150,61 @@ def relation_kl(
     tensor([[[1.4690, 1.4690]]])
     """
     checks.check_choice("reduction", reduction, (*checks.REDUCTIONS, "none"))
-    tensors = {"x_t": x_t, "y_t": y_t}, {"x_s": x_s, "y_s": y_s}
-    for name, x in (tensors[0] | tensors[1]).items():
-        checks.check_tensor(name, x)
-    checks.check_same_place(*tensors)
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
-    sides = {"x-y": (x_t, y_t, x_s, y_s)}
-    loss, _, _ = _losses(sides, {"x-y": 1.0}, relation_heads, pattern, temperature, reduction, implementation)
+    sides = [(x_t, y_t, x_s, y_s)]
+    loss, *_ = _losses({"x-y": 1.0}, sides, relation_heads, pattern, temperature, reduction, implementation)
     return loss[0] if reduction == "none" else loss
 
 
 def _losses(
-    sides: Mapping[str, Sides],
     weights: Mapping[str, float],
+    sides: Sequence[Any],  # of each relation x_t, y_t, x_s, y_s
     relation_heads: int | None,
     pattern: Pattern,
     temperature: float,
     reduction: str,
     implementation: str | None,
 ) -> Losses:
-    """The weighted sum; the relations in the order of the groups that one call of an op takes; their detached losses.
+    """The weighted sum; the losses of the relations in the order of the groups, detached; the groups.
 
     Under reduction "none" there is one relation, and its rows (1, B, R, N) stand for the weighted sum.
     """
     checks.check_temperature(temperature)
     checks.check_relation_heads(relation_heads)
-    first = next(iter(sides.values()))[0]
-    device, (batch, _, length, _) = first.device, first.shape
-    checks.check_pattern(pattern, batch, length, device)
-    groups: list[tuple[Any, dict[str, Sides]]] = []
-    for name, (x_t, y_t, x_s, y_s) in sides.items():
+    if implementation is not None:
+        checks.check_choice("implementation", implementation, checks.IMPLEMENTATIONS)
+    known, relations = not torch.compiler.is_compiling(), []
+    for name, tensors in zip(weights, sides, strict=True):
+        for x in tensors:
+            if type(x) is not Tensor:
+                checks.check_tensors(name, tensors)
+                known = False  # of fake tensors the shapes may be symbols, which have no hash
+        x_t, y_t, x_s, y_s = tensors
         is_self = y_t is x_t and y_s is x_s
-        x_t, y_t = relation_pair(x_t, y_t, relation_heads, "teacher")
-        x_s, y_s = relation_pair(x_s, y_s, relation_heads, "student")
-        checks.check_equal_heads(name, x_t.shape[1], x_s.shape[1])
-        tensors = (x_t, y_t, x_s, y_s)
-        kind = is_self, [(x.shape, x.stride(), x.dtype) for x in ((x_t, x_s) if is_self else tensors)]
-        for known, group in groups:  # compared, not hashed: a hash would fix the lengths of a compiled graph
-            if known == kind:
-                group[name] = tensors
-                break
-        else:
-            groups.append((kind, {name: tensors}))
-    chosen = checks.choose_implementation(
-        implementation, [x for _, group in groups for x in next(iter(group.values()))]
-    )
-    wide = torch.promote_types(x_s.dtype, torch.float32)
-    allowed, row_weight, factor = allowed_keys(pattern, reduction, batch, length, device, wide)
-    relations = []
-    for (is_self, *_), group in groups:
-        xs_t, ys_t, xs_s, ys_s = ([tensors[i] for tensors in group.values()] for i in range(4))
-        heads, d_t, d_s = xs_t[0].shape[1], xs_t[0].shape[3], xs_s[0].shape[3]
-        relations.append(
-            Relations(
-                xs_t,
-                [] if is_self else ys_t,
-                xs_s,
-                [] if is_self else ys_s,
-                *allowed,
-                row_weight,
-                factor if reduction in ("sum", "none") else factor / heads,
-                1 / (math.sqrt(d_t) * temperature),
-                1 / (math.sqrt(d_s) * temperature),
-                symmetric=not pattern.causal,
-                sums=reduction != "none",
-            )
-        )
-    group_weights = [[weights[name] for name in group] for _, group in groups]
+        of_x_t, of_x_s = layout(x_t), layout(x_s)
+        layouts = of_x_t, of_x_t if is_self else layout(y_t), of_x_s, of_x_s if is_self else layout(y_s)
+        relations.append((name, weights[name], is_self, layouts))
+    has_row_weights = pattern.attention_mask is not None or pattern.cu_seqlens is not None
+    call = tuple(relations), relation_heads, has_row_weights, pattern.causal, temperature, reduction, implementation
+    groups, chosen, splits_heads, wide = (known_grouping if known else grouping)(call)
+
+    (batch, _, length, _), _, _, device = relations[0][3][0]
+    checks.check_pattern(pattern, batch, length, device)
+    masks = allowed_keys(pattern, reduction, batch, length, device, wide)
+    if splits_heads:
+        sides = [
+            (*relation_pair(x_t, y_t, relation_heads), *relation_pair(x_s, y_s, relation_heads))
+            for x_t, y_t, x_s, y_s in sides
+        ]
+    teacher: list[Tensor] = []
+    student: list[Tensor] = []
+    for group in groups:
+        for both, place in ((teacher, 0), (student, 2)):
+            both += [sides[member][place] for member in group.members]
+            if not group.is_self:
+                both += [sides[member][place + 1] for member in group.members]
     if chosen == "reference":
-        total, values = reference_losses(relations, group_weights, pattern)
+        total, values = reference_losses(groups, teacher, student, masks, pattern)
     else:
-        total, values = relation_losses(relations, group_weights, chosen)
-    return total, [name for _, group in groups for name in group], values
+        total, values = relation_losses(groups, teacher, student, masks, chosen)
+    return total, values, groups

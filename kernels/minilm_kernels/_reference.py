@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minilm_kernels._allowed import Pattern, allowed_matrix
-from minilm_kernels._relations import Relations, weighted_total
+from minilm_kernels._grouping import Group, relation_groups, weighted_total
+from minilm_kernels._relations import Masks
 
 
 def reference_rows(
@@ -57,19 +58,15 @@ def _log_softmax(scores: Tensor) -> Tensor:
 
 
 def reference_losses(
-    groups: Sequence[Relations], weights: Sequence[list[float]], pattern: Pattern
-) -> tuple[Tensor, list[Tensor]]:
-    """Σ relation weight · loss, and of each group the losses (relations,), detached.
-
-    Without sums, of one group only, the rows (relations, B, R, N), twice.
-    """
+    groups: Sequence[Group], teacher: Sequence[Tensor], student: Sequence[Tensor], masks: Masks, pattern: Pattern
+) -> tuple[Tensor, Tensor]:
+    """What `weighted_total` gives; the losses are detached."""
     values = []
-    for group in groups:
-        tensors = zip(group.x_t, group.keys_t, group.x_s, group.keys_s, strict=True)
-        rows = torch.stack([reference_rows(*sides, pattern, group.scale_t, group.scale_s) for sides in tensors])
-        if not group.sums:
-            return rows, [rows.detach()]
-        if group.row_weight is not None:
-            rows = rows * group.row_weight.unsqueeze(1)
-        values.append(rows.sum((1, 2, 3)) * group.weight)
-    return weighted_total(values, weights), [value.detach() for value in values]
+    for relations in relation_groups(groups, teacher, student, masks):
+        tensors = zip(relations.x_t, relations.keys_t, relations.x_s, relations.keys_s, strict=True)
+        rows = torch.stack([reference_rows(*x, pattern, relations.scale_t, relations.scale_s) for x in tensors])
+        if relations.row_weight is not None and relations.sums:
+            rows = rows * relations.row_weight.unsqueeze(1)
+        values.append(rows.sum((1, 2, 3)) * relations.weight if relations.sums else rows)
+    total, parts = weighted_total(groups, values)
+    return total, parts.detach()

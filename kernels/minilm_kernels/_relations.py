@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Masks = tuple[Tensor | None, Tensor | None, Tensor | None]  # bounds, holes and row_weight of `Relations`
+
 
 class Relations(NamedTuple):
     """Relations that share shapes, strides and dtypes, and are all self relations or all cross relations."""
@@ -17,8 +19,8 @@ class Relations(NamedTuple):
     y_t: Sequence[Tensor]  # none for self relations
     x_s: Sequence[Tensor]  # (B, R, N, d_S) each
     y_s: Sequence[Tensor]
-    bounds: Tensor | None  # see _allowed.Allowed
-    holes: Tensor | None
+    bounds: Tensor | None  # (4, B, N) int32: first key and end of keys of a row; first row and end of rows of a key
+    holes: Tensor | None  # (B,) int32: 1 where an interval also holds masked positions; None: nowhere
     row_weight: Tensor | None  # (B or 1, N), equal along a sequence; None: 1
     weight: float  # of every row besides
     scale_t: float
@@ -58,17 +60,6 @@ class Relations(NamedTuple):
         """Uninitialised: the sums (relations,) or the rows (relations, B, R, N)."""
         shape = self.shape
         return self.x_s[0].new_empty(shape[:1] if self.sums else shape, dtype=self.wide)
-
-
-def weighted_total(values: list[Tensor], weights: Sequence[list[float]]) -> Tensor:
-    """Σ relation weight · loss, of the losses (relations,) of each group."""
-    if any(weight != 1 for of_group in weights for weight in of_group):
-        values = [
-            part * weight
-            for value, of_group in zip(values, weights, strict=True)
-            for part, weight in zip(value.split(1), of_group, strict=True)
-        ]
-    return (torch.cat(values) if len(values) > 1 else values[0]).sum()
 
 
 SCHEMA = (
