@@ -23,7 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 import minilm_kernels._triton as kernels
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import lse_parts, resident_tokens, tiles
+from minilm_kernels._triton._plan import Kind, kind_fields, resident_tokens, tiles
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)},
@@ -100,20 +100,21 @@ def launch(variant: Variant, architecture: int) -> Launch:
         symmetric=True,
         sums=True,
     )
-    lse = numbers(lse_parts(relations), *relations.shape)
+    kind = Kind(*kind_fields(relations))
+    lse = numbers(kind.lse_parts, *kind.shape)
     dx, dy = [torch.empty_like(x) for x in relations.x_s], [torch.empty_like(y) for y in relations.y_s]
-    value, grad = numbers(1), numbers()
-    pinned = tiles(variant.kernel, relations, architecture)
+    grad = numbers()
+    pinned = tiles(variant.kernel, kind, architecture)
     if variant.kernel == "forward":
-        return kernels.row_launch(relations, value, lse, lse, [], pinned)
+        return kernels.row_launch(relations, kind, lse, lse, [], pinned)
     if variant.kernel == "rows":
-        return kernels.row_launch(relations, value, lse, lse, dx, pinned)
+        return kernels.row_launch(relations, kind, lse, lse, dx, pinned)
     if variant.kernel == "keys":
-        return kernels.key_launch(relations, lse, lse, grad, [1.0], dx, dy, pinned)
+        return kernels.key_launch(relations, kind, lse, lse, grad, [1.0], dx, dy, pinned)
     if variant.kernel == "self":
         bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
-        return kernels.self_launch(relations, lse, lse, bases, factors, grad, [1.0], dx, pinned)
-    return kernels.resident_launch(relations, value, dx, dy)
+        return kernels.self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
+    return kernels.resident_launch(relations, kind, dx, dy)
 
 
 class _Pointer:

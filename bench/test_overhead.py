@@ -1,80 +1,129 @@
-"""Time of one call of the loss and its backward where the tensors are tiny, over a bare autograd Function's.
+"""Time of one call of the loss and its backward, over that of a bare autograd Function that makes the same launches.
 
-    pytest bench/test_overhead.py --benchmark-only
+    pytest bench/test_overhead.py --benchmark-only --benchmark-group-by=param:n
 
-Both run the same ops on the same tensors; the difference of the two medians is what the library's own Python costs a
-call. B batch, R relation heads, N tokens, D head dimension.
+The bare Function knows the launches beforehand, allocates what they write, and saves what they read; the difference of
+the two minima is what everything else costs a call: checks, grouping, ops, arguments. On a GPU the launches are made,
+without one both leave them out. B batch, R relation heads, N tokens, D head dimension.
 """
 
-import math
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from minilm import fused_minilm_loss
-from minilm_kernels import _ops
-from minilm_kernels._relations import Relations
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
-B, R, N, D = 1, 2, 8, 16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLEMENTATION = "triton" if DEVICE == "cuda" else "chunked"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-FORWARD, BACKWARD = _ops.FORWARD[IMPLEMENTATION], _ops.BACKWARD_IN_PLACE[IMPLEMENTATION]
+from minilm import fused_minilm_loss
+from minilm_kernels._triton._launch import Launch
+
+B, R, D = 1, 2, 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS = [8, 200]  # rows on chip; sweeps
+FORWARD = {"row_sweep": ("value", "lse_t", "lse_s", "dx"), "resident": ("value", "dx", "dy")}  # what kernels allocate
+BACKWARD = {
+    "key_sweep": ("dy",),
+    "key_factors": ("base_t", "base_s", "factor_t", "factor_s"),
+    "self_sweep": ("dx",),
+    "scale_in_place": (),
+}
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Call = Callable[[], tuple[Tensor, ...]]  # the loss, and the gradients of the student's tensors
+
+
+def tensors_of(argument: Any) -> list[Tensor]:
+    if isinstance(argument, tuple):
+        return [x for part in argument for x in tensors_of(part)]
+    return [argument] if isinstance(argument, Tensor) else []
+
+
+class Launches(NamedTuple):
+    """Those of a forward or a backward, and tensors like the ones that they write."""
+
+    launches: list[Launch]
+    written: list[Tensor]
+
+    @classmethod
+    def of(cls, launches: list[Launch], writes: dict[str, tuple[str, ...]]) -> "Launches":
+        own = [launch for launch in launches if launch.kernel.__name__ in writes]
+        written = [
+            x for launch in own for name in writes[launch.kernel.__name__] for x in tensors_of(launch.arguments[name])
+        ]
+        return cls(own, written)
+
+    def run(self) -> None:
+        for x in self.written:
+            torch.empty_like(x)
+        for launch in self.launches:
+            launch.run(DEVICE)
 
 
 class _Bare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, groups: list[Relations], *student: Tensor) -> Tensor:
-        results = [FORWARD(*group, True) for group in groups]
-        ctx.saved = groups, results
-        return torch.cat([value for value, *_ in results]).sum()
+    def forward(
+        ctx: Any, forward: Launches, backward: Launches, gradients: Triple, teacher: Triple, *student: Tensor
+    ) -> Tensor:
+        forward.run()
+        ctx.save_for_backward(*student, *teacher)
+        ctx.rest = backward, gradients
+        return torch.cat([launch.arguments["value"].sum(1) for launch in forward.launches]).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None]
-        for group, (_, lse_t, lse_s, dx, dy) in zip(*ctx.saved, strict=True):
-            dx = dx or [torch.empty_like(x) for x in group.x_s]
-            dy = dy or [torch.empty_like(y) for y in group.y_s]
-            BACKWARD(*group, lse_t, lse_s, grad, [1.0] * len(group.x_s), dx, dy)
-            gradients += [*dx, *dy]
-        return tuple(gradients)
+        assert len(ctx.saved_tensors) == 6
+        backward, gradients = ctx.rest
+        backward.run()
+        return None, None, None, None, *gradients
+
+
+@pytest.fixture(params=LENGTHS, ids=lambda n: f"n={n}")
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Call, Call]:
+    """MiniLM v1 by the loss and by the bare Function: QK, then VV."""
+    torch.manual_seed(0)
+    q, k, v, *leaves = (torch.randn(B, R, request.param, D, device=DEVICE).to(torch.bfloat16) for _ in range(6))
+    teacher, student = (q, k, v), tuple(x.requires_grad_() for x in leaves)
+
+    def ours() -> tuple[Tensor, ...]:
+        loss = fused_minilm_loss(teacher, student, implementation="triton")
+        return loss, *torch.autograd.grad(loss, student)
+
+    made: list[Launch] = []
+    run = Launch.run
+    with monkeypatch.context() as patch:
+        patch.setattr(Launch, "run", lambda launch, device: (made.append(launch), run(launch, device)))
+        _, *gradients = ours()
+    forward, backward = Launches.of(made, FORWARD), Launches.of(made, BACKWARD)
+    assert len(made) == len(forward.launches) + len(backward.launches)
+
+    def bare() -> tuple[Tensor, ...]:
+        loss = _Bare.apply(forward, backward, gradients, teacher, *student)  # type: ignore[no-untyped-call]
+        return loss, *torch.autograd.grad(loss, student)
+
+    return ours, bare
 
 
 @pytest.fixture
-def tensors() -> tuple[Triple, Triple]:
-    """Teacher and student, (B, R, N, D) each."""
-    torch.manual_seed(0)
-    q, k, v, *student = (torch.randn(B, R, N, D, device=DEVICE).to(DTYPE) for _ in range(6))
-    q_s, k_s, v_s = (x.requires_grad_() for x in student)
-    return (q, k, v), (q_s, k_s, v_s)
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(Launch, "run", lambda launch, device: None)
 
 
-def bare_loss(teacher: Triple, student: Triple) -> Tensor:
-    """MiniLM v1 as `fused_minilm_loss` calls the ops: QK, then VV."""
-    (q, k, v), (q_s, k_s, v_s) = teacher, student
-    rest = (None, None, None, 1 / (B * R * N), 1 / math.sqrt(D), 1 / math.sqrt(D), True, True)
-    qk, vv = Relations([q], [k], [q_s.detach()], [k_s.detach()], *rest), Relations([v], [], [v_s.detach()], [], *rest)
-    return _Bare.apply([qk, vv], q_s, k_s, v_s)  # type: ignore[no-any-return]
+def test_they_agree(calls: tuple[Call, Call]) -> None:
+    ours, bare = calls
+    for x, expected in zip(bare(), ours(), strict=True):
+        assert torch.equal(x, expected)
 
 
-def test_they_agree(tensors: tuple[Triple, Triple]) -> None:
-    teacher, student = tensors
-    ours = fused_minilm_loss(teacher, student, implementation=IMPLEMENTATION)
-    bare = bare_loss(teacher, student)
-    torch.testing.assert_close(bare, ours)
-    for g, g_bare in zip(torch.autograd.grad(ours, student), torch.autograd.grad(bare, student), strict=True):
-        torch.testing.assert_close(g_bare, g)
+@pytest.mark.usefixtures("timed")
+def test_bare_function(benchmark: Any, calls: tuple[Call, Call]) -> None:
+    benchmark(calls[1])
 
 
-def test_bare_function(benchmark: Any, tensors: tuple[Triple, Triple]) -> None:
-    teacher, student = tensors
-    benchmark(lambda: torch.autograd.grad(bare_loss(teacher, student), student))
-
-
-def test_fused_minilm_loss(benchmark: Any, tensors: tuple[Triple, Triple]) -> None:
-    teacher, student = tensors
-    benchmark(lambda: torch.autograd.grad(fused_minilm_loss(teacher, student, implementation=IMPLEMENTATION), student))
+@pytest.mark.usefixtures("timed")
+def test_fused_minilm_loss(benchmark: Any, calls: tuple[Call, Call]) -> None:
+    benchmark(calls[0])

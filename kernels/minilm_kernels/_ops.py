@@ -7,7 +7,7 @@ where those that were not prepared come uninitialised. For self relations dx is 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -23,15 +23,23 @@ _BACKWARD = f"({_SAVED}, Tensor[] dx, Tensor[] dy) -> (Tensor[] dx, Tensor[] dy)
 _BACKWARD_IN_PLACE = f"({_SAVED}, Tensor(a!)[] dx, Tensor(b!)[] dy) -> ()"
 
 
+_FIELDS = len(Relations._fields)
+
+
+@cache
+def _function(module: str, name: str) -> Callable[..., Any]:
+    """Imported when it is first called, as Triton takes its time."""
+    return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
 def _call(module: str, function: str, *args: Any) -> Any:
-    fields = len(Relations._fields)
-    return getattr(import_module(module), function)(Relations(*args[:fields]), *args[fields:])
+    return _function(module, function)(Relations(*args[:_FIELDS]), *args[_FIELDS:])
 
 
 def _make_gradients(complete: Callable[..., None], *args: Any) -> tuple[list[Tensor], list[Tensor]]:
     """`backward` by way of `backward_`, on copies."""
     *saved, dx, dy = args
-    relations = Relations(*args[: len(Relations._fields)])
+    relations = Relations(*args[:_FIELDS])
     dx = [x.clone() for x in dx] or [torch.empty_like(x) for x in relations.x_s]
     dy = [y.clone() for y in dy] or [torch.empty_like(y) for y in relations.y_s]
     complete(*saved, dx, dy)

@@ -5,6 +5,8 @@
 - "cross": forward with dX, then a sweep for dY; everything else.
 """
 
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,67 @@ from minilm_kernels._relations import Relations
 
 RESIDENT_DIM = 64
 _TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What structure, tiles and constants of the launches depend on; one object for all relations of a kind."""
+
+    shape: tuple[int, int, int, int]  # relations, B, R, N
+    d_t: int
+    d_s: int
+    dtype_t: torch.dtype
+    dtype_s: torch.dtype
+    is_self: bool
+    symmetric: bool
+    sums: bool
+    masked: bool
+    precision: str  # of products of float32
+    device: torch.device
+
+    @cached_property
+    def structure(self) -> str:
+        tokens = resident_tokens(architecture(self.device), self.element_size)
+        if self.sums and self.shape[3] <= tokens and max(self.d_t, self.d_s) <= RESIDENT_DIM:
+            return "resident"
+        return "self" if self.is_self and self.symmetric and self.sums else "cross"
+
+    @property
+    def element_size(self) -> int:
+        return max(self.dtype_t.itemsize, self.dtype_s.itemsize)
+
+    @property
+    def folds_weight(self) -> bool:
+        """See `Relations`."""
+        return self.dtype_s != torch.float16
+
+    @cached_property
+    def lse_parts(self) -> int:
+        """Numbers that hold the logarithm of a softmax sum: in float32 one would round away what eager code keeps."""
+        return 2 if self.element_size > 2 else 1
+
+
+def kind_fields(relations: Relations) -> tuple[Any, ...]:
+    x_t, x_s = relations.x_t[0], relations.x_s[0]
+    batch, heads, length, d_s = x_s.shape
+    dtype_t, dtype_s = x_t.dtype, x_s.dtype
+    single = dtype_t == torch.float32 or dtype_s == torch.float32
+    return (
+        (len(relations.x_s), batch, heads, length),
+        x_t.shape[3],
+        d_s,
+        dtype_t,
+        dtype_s,
+        not relations.y_s,
+        relations.symmetric,
+        relations.sums,
+        relations.bounds is not None,
+        "tf32" if single and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        x_s.device,
+    )
+
+
+known_kind = lru_cache(maxsize=1024)(Kind)
 
 
 class Tiles(NamedTuple):
@@ -47,20 +110,13 @@ _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
 }
 
 
+@cache
 def architecture(device: torch.device) -> int:
     """Row of the table: data-centre chips by their own, others by the one whose shared memory is as small."""
     if device.type != "cuda" or torch.version.hip:
         return 80
     major, _ = torch.cuda.get_device_capability(device)
     return {9: 90, 10: 100}.get(major, 80)
-
-
-def structure(relations: Relations) -> str:
-    x_t, x_s = relations.x_t[0], relations.x_s[0]
-    tokens = resident_tokens(architecture(x_s.device), max(x_t.element_size(), x_s.element_size()))
-    if relations.sums and x_s.shape[2] <= tokens and max(x_t.shape[3], x_s.shape[3]) <= RESIDENT_DIM:
-        return "resident"
-    return "self" if relations.is_self and relations.symmetric and relations.sums else "cross"
 
 
 def resident_tokens(architecture: int, element_size: int) -> int:
@@ -75,11 +131,11 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def tiles(kernel: str, relations: Relations, architecture: int) -> Tiles:
+@lru_cache(maxsize=1024)
+def tiles(kernel: str, kind: Kind, architecture: int) -> Tiles:
     """Tiles of "forward" (rows without gradient), "rows", "keys" or "self"."""
-    x_t, x_s = relations.x_t[0], relations.x_s[0]
-    size = max(x_t.element_size(), x_s.element_size())
-    dim_t, dim_s = padded(x_t.shape[3]), padded(x_s.shape[3])
+    size = kind.element_size
+    dim_t, dim_s = padded(kind.d_t), padded(kind.d_s)
     if size == 2:
         for dim, found in _TILES.get(architecture, {}).get(kernel, {}).items():
             if dim_s <= dim and dim_t <= max(dim, 64):
@@ -95,19 +151,25 @@ def tiles(kernel: str, relations: Relations, architecture: int) -> Tiles:
     return Tiles(block, block, 4, 2)
 
 
-def dimensions(relations: Relations) -> dict[str, Any]:
-    """The constants of every kernel that multiplies scores."""
-    d_t, d_s = relations.x_t[0].shape[3], relations.x_s[0].shape[3]
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+@lru_cache(maxsize=1024)
+def swept(kind: Kind, own: int, other: int) -> tuple[int, dict[str, Any]]:
+    """Programs and constants of a sweep whose programs keep `own` tokens and meet tiles of `other` tokens."""
+    count, batch, heads, length = kind.shape
+    programs = triton.cdiv(length, own) * heads * batch * count
+    return programs, whole(kind) | {"FILLED": length >= other, "TAIL": max(16, other // 2)}
+
+
+@lru_cache(maxsize=1024)
+def whole(kind: Kind) -> dict[str, Any]:
+    """The sizes and constants of every kernel that multiplies scores."""
+    _, batch, heads, length = kind.shape
     return {
-        "D_T": d_t,
-        "D_S": d_s,
-        "DIM_T": padded(d_t),
-        "DIM_S": padded(d_s),
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "B": batch,
+        "R": heads,
+        "N": length,
+        "D_T": kind.d_t,
+        "D_S": kind.d_s,
+        "DIM_T": padded(kind.d_t),
+        "DIM_S": padded(kind.d_s),
+        "PRECISION": kind.precision,
     }
-
-
-def lse_parts(relations: Relations) -> int:
-    """Numbers that hold the logarithm of a softmax sum: in float32 one would round away what eager code keeps."""
-    return 2 if torch.float32 in (relations.x_t[0].dtype, relations.x_s[0].dtype) else 1

@@ -9,9 +9,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import Tiles, architecture, padded, tiles
+from minilm_kernels._triton._plan import Kind, Tiles, architecture, padded, tiles
 
 CANDIDATES = tuple(
     Tiles(block_m, block_n, num_warps, num_stages)
@@ -32,17 +31,17 @@ class _State:
     fastest: dict[Hashable, Tiles] = {}  # noqa: RUF012 (one state a process)
 
 
-def planned(kernel: str, relations: Relations, build: Callable[[Tiles], Launch]) -> Launch:
+def planned(kernel: str, kind: Kind, build: Callable[[Tiles], Launch]) -> Launch:
     """The launch of "forward", "rows", "keys" or "self" with tuned tiles, or with the pinned ones."""
-    device = relations.x_s[0].device
+    pinned = tiles(kernel, kind, architecture(kind.device))
     if _State.tuning or _State.fastest:
-        kind = _kind(kernel, relations)
-        if _State.tuning and kind not in _State.fastest:
-            pinned = tiles(kernel, relations, architecture(device))
-            _State.fastest[kind] = min((pinned, *CANDIDATES), key=lambda candidate: _time(build(candidate), device))
-        if kind in _State.fastest:
-            return build(_State.fastest[kind])
-    return build(tiles(kernel, relations, architecture(device)))
+        like = _like(kernel, kind)
+        if _State.tuning and like not in _State.fastest:
+            _State.fastest[like] = min(
+                (pinned, *CANDIDATES), key=lambda candidate: _time(build(candidate), kind.device)
+            )
+        return build(_State.fastest.get(like, pinned))
+    return build(pinned)
 
 
 def tune(call: Callable[[], object]) -> dict[str, Tiles]:
@@ -56,11 +55,9 @@ def tune(call: Callable[[], object]) -> dict[str, Tiles]:
     return {str(kind): found for kind, found in _State.fastest.items() if kind not in before}
 
 
-def _kind(kernel: str, relations: Relations) -> Hashable:
-    """What tiles depend on: lengths count by powers of two."""
-    x_t, x_s = relations.x_t[0], relations.x_s[0]
-    masked = relations.bounds is not None
-    return kernel, padded(x_t.shape[3]), padded(x_s.shape[3]), padded(x_s.shape[2]), x_t.dtype, x_s.dtype, masked
+def _like(kernel: str, kind: Kind) -> Hashable:
+    """What the fastest tiles depend on: lengths count by powers of two."""
+    return kernel, padded(kind.d_t), padded(kind.d_s), padded(kind.shape[3]), kind.dtype_t, kind.dtype_s, kind.masked
 
 
 def _time(launch: Launch, device: torch.device) -> float:
