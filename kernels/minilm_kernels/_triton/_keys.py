@@ -8,9 +8,14 @@ Otherwise each row has a weight of any sign, given relative to the largest, `uni
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from minilm_kernels._relations import Relations
+from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments
+from minilm_kernels._triton._plan import Kind, Tiles, swept
 from minilm_kernels._triton._steps import (
     FLOOR,
     head_pointer,
@@ -115,3 +120,41 @@ def key_sweep(
         store_tokens(dy, head_pointer(dy, relation, batch, head), n, sums, inside, D_S, DIM_S, BLOCK_N)
     gradient = tl.where(token[:, None], gradient, 0.0)
     store_tokens(dx, gradient_pointer, n, gradient, inside, D_S, DIM_S, BLOCK_N)
+
+
+def key_launch(
+    relations: Relations,
+    kind: Kind,
+    lse_t: Tensor,
+    lse_s: Tensor,
+    grad: Tensor,
+    relation_weights: list[float],
+    dx: list[Tensor],
+    dy: list[Tensor],
+    shape: Tiles,
+) -> Launch:
+    block_m, block_n, num_warps, num_stages = shape
+    programs, constants = swept(kind, block_n, block_m)
+    unit = None
+    if not kind.sums:
+        unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        grad = (grad / unit).contiguous()
+    arguments = {
+        **constants,
+        **shared_arguments(relations),
+        "y_t": group(relations.keys_t),
+        "y_s": group(relations.keys_s),
+        "holes": relations.holes,
+        "lse_t": lse_argument(lse_t),
+        "lse_s": lse_argument(lse_s),
+        "grad": grad,
+        "unit": unit,
+        "relation_weights": tuple(relation_weights),
+        "dx": group(dx),
+        "dy": group(dy),
+        "SUMS": kind.sums,
+        "FOLD": kind.folds_weight,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    return Launch(key_sweep, programs, arguments, num_warps, num_stages)

@@ -1,10 +1,18 @@
-"""One launch of a kernel: what it is called with, on which grid, and with which options."""
+"""One launch of a kernel: what it is called with, on which grid, and with which options.
+
+G relations, B batch, R relation heads, N tokens.
+"""
 
 import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from minilm_kernels._relations import Relations
+from minilm_kernels._triton._plan import Kind
+
+LOG2_E = 1.4426950408889634
 
 
 class Launch(NamedTuple):
@@ -34,3 +42,20 @@ def row_weights(x: Tensor | None) -> tuple[Any, ...] | None:
 def lse_argument(lse: Tensor) -> tuple[Any, ...] | None:
     """Logarithms of the softmax sums (parts, G, B, R, N), parts apart. (Triton 3.6 takes no None inside a tuple.)"""
     return (lse,) if lse.shape[0] == 1 else tuple(lse.unbind(0)) or None
+
+
+def shared_arguments(relations: Relations) -> dict[str, object]:
+    """What all kernels with scores get, beside the constants."""
+    return {
+        "x_t": group(relations.x_t),
+        "x_s": group(relations.x_s),
+        "bounds": relations.bounds,
+        "row_weight": row_weights(relations.row_weight),
+        "scales": (relations.scale_t * LOG2_E, relations.scale_s * LOG2_E, relations.scale_s, relations.weight),
+    }
+
+
+def value_buffer(relations: Relations, kind: Kind, programs: int) -> Tensor:
+    """Where the kernels put the losses: of each program, or of each row."""
+    shape = (kind.shape[0], programs // kind.shape[0]) if kind.sums else kind.shape
+    return relations.x_s[0].new_empty(shape, dtype=torch.float32)

@@ -7,9 +7,15 @@ G relations, B batch, R relation heads, N <= BLOCK tokens, D_T and D_S dimension
 padded.
 """
 
+import math
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from minilm_kernels._relations import Relations
+from minilm_kernels._triton._launch import Launch, group, row_weights, shared_arguments, value_buffer
+from minilm_kernels._triton._plan import Kind, padded, whole
 from minilm_kernels._triton._steps import (
     FLOOR,
     LN2,
@@ -119,3 +125,41 @@ def scale_in_place(
         mask = inside[:, None] & (tl.arange(0, DIM_S) < D_S)[None, :]
         scaled = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * own[:, None]
         tl.store(pointers, scaled.to(pointers.dtype.element_ty), mask=mask)
+
+
+def resident_launch(relations: Relations, kind: Kind, dx: list[Tensor], dy: list[Tensor]) -> Launch:
+    programs, block = math.prod(kind.shape[:3]), padded(kind.shape[3])
+    arguments = {
+        **whole(kind),
+        **shared_arguments(relations),
+        "y_t": group(relations.y_t),
+        "y_s": group(relations.y_s),
+        "value": value_buffer(relations, kind, programs),
+        "dx": group(dx),
+        "dy": group(dy),
+        "FOLD": kind.folds_weight,
+        "WHOLE": kind.shape[3] == block,
+        "BLOCK": block,
+    }
+    return Launch(resident, programs, arguments, max(1, block // (8 if kind.element_size > 2 else 16)), 1)
+
+
+def scale_launch(
+    relations: Relations, kind: Kind, grad: Tensor, relation_weights: list[float], gradients: list[Tensor]
+) -> Launch:
+    both = len(gradients) // kind.shape[0]  # dx and dy, or one of them
+    arguments = {
+        "gradients": group(gradients),
+        "row_weight": row_weights(relations.row_weight),
+        "grad": grad,
+        "relation_weights": tuple(relation_weights) * both,
+        "weight": relations.weight,
+        "B": kind.shape[1],
+        "R": kind.shape[2],
+        "N": kind.shape[3],
+        "FOLD": kind.folds_weight,
+        "D_S": kind.d_s,
+        "DIM_S": padded(kind.d_s),
+        "BLOCK": padded(kind.shape[3]),
+    }
+    return Launch(scale_in_place, math.prod(kind.shape[:3]) * both, arguments, 4, 1)

@@ -13,7 +13,11 @@ G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a re
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from minilm_kernels._relations import Relations
+from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments, value_buffer
+from minilm_kernels._triton._plan import Kind, Tiles, swept
 from minilm_kernels._triton._steps import (
     FLOOR,
     LN2,
@@ -126,3 +130,26 @@ def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, dx, PR
         o_t = tl.dot(p.to(tile_s.dtype), tile_s, o_t * shrink_t[:, None], input_precision=PRECISION)
         o_s = tl.dot(q.to(tile_s.dtype), tile_s, o_s * shrink_s[:, None], input_precision=PRECISION)
     return new_t, new_s, l_t, l_s, a, o_t, o_s
+
+
+def row_launch(
+    relations: Relations, kind: Kind, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], shape: Tiles
+) -> Launch:
+    block_m, block_n, num_warps, num_stages = shape
+    programs, constants = swept(kind, block_m, block_n)
+    arguments = {
+        **constants,
+        **shared_arguments(relations),
+        "y_t": group(relations.keys_t),
+        "y_s": group(relations.keys_s),
+        "holes": relations.holes,
+        "value": value_buffer(relations, kind, programs),
+        "lse_t": lse_argument(lse_t),
+        "lse_s": lse_argument(lse_s),
+        "dx": group(dx),
+        "SUMS": kind.sums,
+        "FOLD": kind.sums and kind.folds_weight,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    return Launch(row_sweep, programs, arguments, num_warps, num_stages)

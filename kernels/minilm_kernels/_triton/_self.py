@@ -12,9 +12,15 @@ underflow is below 2^(HEADROOM − 126) of a probability.
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
 
+import math
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from minilm_kernels._relations import Relations
+from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments
+from minilm_kernels._triton._plan import Kind, Tiles, swept
 from minilm_kernels._triton._steps import (
     FLOOR,
     head_pointer,
@@ -143,3 +149,47 @@ def self_sweep(
 def _above(base, lse, low, token):
     """How far the lse of the tokens lie above the smallest of their head."""
     return tl.where(token, lse - tl.load(base) + low, 0.0)
+
+
+def factor_launch(kind: Kind, lse_t: Tensor, lse_s: Tensor, bases: list[Tensor], factors: list[Tensor]) -> Launch:
+    arguments = {
+        "lse_t": lse_argument(lse_t),
+        "lse_s": lse_argument(lse_s),
+        "base_t": bases[0],
+        "base_s": bases[1],
+        "factor_t": factors[0],
+        "factor_s": factors[1],
+        "N": kind.shape[3],
+    }
+    return Launch(key_factors, math.prod(kind.shape[:3]), arguments, 4, 1)
+
+
+def self_launch(
+    relations: Relations,
+    kind: Kind,
+    lse_t: Tensor,
+    lse_s: Tensor,
+    bases: list[Tensor],
+    factors: list[Tensor],
+    grad: Tensor,
+    relation_weights: list[float],
+    dx: list[Tensor],
+    shape: Tiles,
+) -> Launch:
+    block_m, block_n, num_warps, num_stages = shape
+    programs, constants = swept(kind, block_m, block_n)
+    arguments = {
+        **constants,
+        **shared_arguments(relations),
+        "holes": relations.holes,
+        "lse_t": lse_argument(lse_t),
+        "lse_s": lse_argument(lse_s),
+        "bases": tuple(bases),
+        "factors": tuple(factors),
+        "grad": grad,
+        "relation_weights": tuple(relation_weights),
+        "dx": group(dx),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    return Launch(self_sweep, programs, arguments, num_warps, num_stages)
