@@ -9,6 +9,7 @@ bounds nor tails are counted. Writes static_report.csv; nothing here is a time.
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -114,7 +115,8 @@ def launch(variant: Variant, architecture: int) -> Launch:
     if variant.kernel == "self":
         bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
         return kernels.self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
-    return kernels.resident_launch(relations, kind, dx, dy)
+    programs = 1 if architecture == 90 and length > 64 else math.prod(kind.shape[:3])
+    return kernels.resident_launch(relations, kind, dx, dy, programs)
 
 
 class _Pointer:

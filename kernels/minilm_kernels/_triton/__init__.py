@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._keys import key_launch
-from minilm_kernels._triton._plan import Kind, kind_fields, known_kind
+from minilm_kernels._triton._plan import Kind, kind_fields, known_kind, walkers
 from minilm_kernels._triton._resident import resident_launch, scale_launch
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import factor_launch, self_launch
@@ -42,7 +42,7 @@ def forward(relations: Relations, needs_gradient: bool) -> Outputs:
     kind = known_kind(*kind_fields(relations))
     lse_t, lse_s, dx, dy = buffers = _buffers(relations, kind, needs_gradient)
     if kind.structure == "resident":
-        launch = resident_launch(relations, kind, dx, dy)
+        launch = resident_launch(relations, kind, dx, dy, walkers(kind))
     else:
         build = partial(row_launch, relations, kind, lse_t, lse_s, dx)
         launch = planned("rows" if dx else "forward", kind, build)

@@ -5,6 +5,7 @@
 - "cross": forward with dX, then a sweep for dY; everything else.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -124,6 +125,20 @@ def resident_tokens(architecture: int, element_size: int) -> int:
     if element_size > 2 or (architecture == 100 and _TRITON < (3, 8)):  # before 3.8, it fails to compile larger ones
         return 32
     return 128 if architecture >= 90 else 64
+
+
+@lru_cache(maxsize=1024)
+def walkers(kind: Kind) -> int:
+    """Programs that share the heads whose rows are on chip.
+
+    On Hopper a head of more than 64 tokens has a multiprocessor to itself: one program for each of them walks over the
+    heads, and loads the next beside the arithmetic of this one. Shorter heads share a multiprocessor; on Blackwell the
+    walk spills. There every head has its program.
+    """
+    heads = math.prod(kind.shape[:3])
+    if kind.shape[3] <= 64 or architecture(kind.device) != 90:
+        return heads
+    return min(heads, torch.cuda.get_device_properties(kind.device).multi_processor_count)
 
 
 def padded(dim: int) -> int:

@@ -1,7 +1,8 @@
 """Whole rows on chip, for short sequences: sums and all gradients of a head from one launch, two exponentials a score.
 
     P = softmax(t),  Q = softmax(s),  G = w (Q − P),   dX = scale_S G Y_S,   dY = scale_S Gᵀ X_S
-One program holds the N×N scores of a head in registers; they never reach memory. A self relation gets dX + dY.
+One program holds the N×N scores of a head in registers; they never reach memory. A self relation gets dX + dY. Where
+a head fills a multiprocessor, programs walk over the heads, and the next one is loaded beside the arithmetic of this.
 
 G relations, B batch, R relation heads, N <= BLOCK tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S
 padded.
@@ -45,6 +46,9 @@ def resident(
     B,
     R,
     N,
+    heads,  # G B R
+    WALK: tl.constexpr,  # whether a program takes several heads
+    SAME_KEYS: tl.constexpr,  # whether all rows of a sequence see the same keys, its tokens
     FOLD: tl.constexpr,
     WHOLE: tl.constexpr,  # whether N = BLOCK
     D_T: tl.constexpr,
@@ -54,47 +58,52 @@ def resident(
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    zero, head, batch, relation = program(1, R, B)
     offs = tl.arange(0, BLOCK)
     inside = offs < N
-    token = inside
-    if bounds is not None:
-        first, end = interval(bounds, 0, batch, 0, B, N, BLOCK)
-        token = first < end
-    own_t = load_tokens(x_t, head_pointer(x_t, relation, batch, head), zero, token, D_T, DIM_T, BLOCK)
-    own_s = load_tokens(x_s, head_pointer(x_s, relation, batch, head), zero, token, D_S, DIM_S, BLOCK)
-    if y_t is None:
-        key_t, key_s = own_t, own_s
-    else:
-        key_t = load_tokens(y_t, head_pointer(y_t, relation, batch, head), zero, token, D_T, DIM_T, BLOCK)
-        key_s = load_tokens(y_s, head_pointer(y_s, relation, batch, head), zero, token, D_S, DIM_S, BLOCK)
-    t = tl.dot(own_t, key_t.T, input_precision=PRECISION)
-    s = tl.dot(own_s, key_s.T, input_precision=PRECISION)
-    if bounds is not None:
-        allowed = token[None, :] & (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
-        t, s = tl.where(allowed, t, FLOOR), tl.where(allowed, s, FLOOR)
-    elif not WHOLE:
-        t, s = tl.where(inside[None, :], t, FLOOR), tl.where(inside[None, :], s, FLOOR)
-
-    t = t * scales[0] - (tl.max(t, 1) * scales[0])[:, None]
-    s = s * scales[1] - (tl.max(s, 1) * scales[1])[:, None]
-    p, q = tl.exp2(t), tl.exp2(s)
-    l_t, l_s = tl.sum(p, 1), tl.sum(q, 1)
-    kl = LN2 * (tl.sum(p * (t - s), 1) / l_t - tl.log2(l_t) + tl.log2(l_s))
-    weight = weight_of(row_weight, scales[3], batch, 0, inside, BLOCK)
-    tl.store(value + tl.program_id(0), tl.sum(tl.where(token, kl * weight, 0.0), 0))
-    if dx is not None:
-        g = q * tl.where(token, 1.0 / l_s, 0.0)[:, None] - p * tl.where(token, 1.0 / l_t, 0.0)[:, None]
-        g = g.to(own_s.dtype)
-        factor = weight * scales[2] if FOLD else tl.full([BLOCK], 1.0, tl.float32) * scales[2]
-        gradient = tl.dot(g, key_s, input_precision=PRECISION)
-        if dy is None:
-            gradient = tl.dot(g.T, own_s, gradient, input_precision=PRECISION)
+    rounds = tl.cdiv(heads - tl.program_id(0), tl.num_programs(0)) if WALK else 1
+    for turn in tl.range(rounds, disable_licm=True):  # what would be taken out of the loop, registers could not hold
+        index = tl.program_id(0) + turn * tl.num_programs(0)
+        head, batch, relation = index % R, index // R % B, index // R // B
+        token = inside
+        if bounds is not None:
+            first, end = interval(bounds, 0, batch, 0, B, N, BLOCK)
+            token = first < end
+        own_t = load_tokens(x_t, head_pointer(x_t, relation, batch, head), 0, token, D_T, DIM_T, BLOCK)
+        own_s = load_tokens(x_s, head_pointer(x_s, relation, batch, head), 0, token, D_S, DIM_S, BLOCK)
+        if y_t is None:
+            key_t, key_s = own_t, own_s
         else:
-            other = tl.dot(g.T, own_s, input_precision=PRECISION) * factor[:, None]
-            store_tokens(dy, head_pointer(dy, relation, batch, head), zero, other, inside, D_S, DIM_S, BLOCK)
-        gradient *= factor[:, None]
-        store_tokens(dx, head_pointer(dx, relation, batch, head), zero, gradient, inside, D_S, DIM_S, BLOCK)
+            key_t = load_tokens(y_t, head_pointer(y_t, relation, batch, head), 0, token, D_T, DIM_T, BLOCK)
+            key_s = load_tokens(y_s, head_pointer(y_s, relation, batch, head), 0, token, D_S, DIM_S, BLOCK)
+        t = tl.dot(own_t, key_t.T, input_precision=PRECISION)
+        s = tl.dot(own_s, key_s.T, input_precision=PRECISION)
+        if bounds is not None:
+            allowed = token[None, :]
+            if not SAME_KEYS:
+                allowed = allowed & (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
+            t, s = tl.where(allowed, t, FLOOR), tl.where(allowed, s, FLOOR)
+        elif not WHOLE:
+            t, s = tl.where(inside[None, :], t, FLOOR), tl.where(inside[None, :], s, FLOOR)
+
+        t = t * scales[0] - (tl.max(t, 1) * scales[0])[:, None]
+        s = s * scales[1] - (tl.max(s, 1) * scales[1])[:, None]
+        p, q = tl.exp2(t), tl.exp2(s)
+        l_t, l_s = tl.sum(p, 1), tl.sum(q, 1)
+        kl = LN2 * (tl.sum(p * (t - s), 1) / l_t - tl.log2(l_t) + tl.log2(l_s))
+        weight = weight_of(row_weight, scales[3], batch, 0, inside, BLOCK)
+        tl.store(value + index, tl.sum(tl.where(token, kl * weight, 0.0), 0))
+        if dx is not None:
+            g = q * tl.where(token, 1.0 / l_s, 0.0)[:, None] - p * tl.where(token, 1.0 / l_t, 0.0)[:, None]
+            g = g.to(own_s.dtype)
+            factor = weight * scales[2] if FOLD else tl.full([BLOCK], 1.0, tl.float32) * scales[2]
+            gradient = tl.dot(g, key_s, input_precision=PRECISION)
+            if dy is None:
+                gradient = tl.dot(g.T, own_s, gradient, input_precision=PRECISION)
+            else:
+                other = tl.dot(g.T, own_s, input_precision=PRECISION) * factor[:, None]
+                store_tokens(dy, head_pointer(dy, relation, batch, head), 0, other, inside, D_S, DIM_S, BLOCK)
+            gradient *= factor[:, None]
+            store_tokens(dx, head_pointer(dx, relation, batch, head), 0, gradient, inside, D_S, DIM_S, BLOCK)
 
 
 @triton.jit
@@ -127,21 +136,26 @@ def scale_in_place(
         tl.store(pointers, scaled.to(pointers.dtype.element_ty), mask=mask)
 
 
-def resident_launch(relations: Relations, kind: Kind, dx: list[Tensor], dy: list[Tensor]) -> Launch:
-    programs, block = math.prod(kind.shape[:3]), padded(kind.shape[3])
+def resident_launch(relations: Relations, kind: Kind, dx: list[Tensor], dy: list[Tensor], programs: int) -> Launch:
+    heads, block = math.prod(kind.shape[:3]), padded(kind.shape[3])
+    walk = programs < heads
+    num_warps = max(1, block // (8 if kind.element_size > 2 else 16))
     arguments = {
         **whole(kind),
         **shared_arguments(relations),
         "y_t": group(relations.y_t),
         "y_s": group(relations.y_s),
-        "value": value_buffer(relations, kind, programs),
+        "heads": heads,
+        "value": value_buffer(relations, kind, heads),
         "dx": group(dx),
         "dy": group(dy),
+        "WALK": walk,
+        "SAME_KEYS": relations.holes is not None and kind.symmetric,
         "FOLD": kind.folds_weight,
         "WHOLE": kind.shape[3] == block,
         "BLOCK": block,
     }
-    return Launch(resident, programs, arguments, max(1, block // (8 if kind.element_size > 2 else 16)), 1)
+    return Launch(resident, programs, arguments, num_warps, 2 if walk else 1)
 
 
 def scale_launch(

@@ -1,0 +1,54 @@
+"""Short sequences, whose rows stay on chip: every pattern of keys, and programs that walk over several heads."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from loss_cases import Case, build, evaluate
+
+import minilm_kernels._triton as kernels
+from minilm_kernels._triton._plan import Kind
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+
+CASES = [
+    Case(id="plain", n=19, batch=3, student=(2, 2, 6)),
+    Case(id="a power of two", n=32, student=(2, 2, 6)),
+    Case(id="masked", n=19, batch=4, student=(2, 2, 6), masks=("holes", "empty", "left", "right")),
+    Case(id="causal", n=19, batch=2, student=(2, 2, 6), causal=True, masks=("full", "right")),
+    Case(id="prefix", n=19, batch=2, student=(2, 2, 6), causal=True, prefix=(9, 0)),
+    Case(id="packed", n=29, student=(2, 2, 6), packed=(0, 10, 10, 23)),
+    Case(id="three relations", n=19, batch=2, student=(2, 2, 6), relations=("qq", "kk", "vv"), reduction="token"),
+]
+
+
+@pytest.fixture
+def structures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those of the forwards, as they are made."""
+    made: list[str] = []
+    count: Callable[[Kind], int] = kernels.walkers
+    monkeypatch.setattr(kernels, "walkers", lambda kind: (made.append(kind.structure), count(kind))[1])
+    return made
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_gives_the_formula(case: Case, device: str, structures: list[str]) -> None:
+    inputs = build(case, device)
+    actual, expected = evaluate(inputs, "triton"), evaluate(inputs, "reference")
+    assert structures == ["resident"] * (1 if len(case.relations) == 3 else 2)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-7)
+    for g, g_expected in zip(actual.gradients, expected.gradients, strict=True):
+        torch.testing.assert_close(g, g_expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_walk_over_the_heads_gives_the_same_bits(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for three heads; the last may have fewer."""
+    inputs = build(case, device)
+    expected = evaluate(inputs, "triton")
+    monkeypatch.setattr(kernels, "walkers", lambda kind: -(-math.prod(kind.shape[:3]) // 3))
+    actual = evaluate(inputs, "triton")
+    assert torch.equal(actual.loss, expected.loss)
+    for g, g_expected in zip(actual.gradients, expected.gradients, strict=True):
+        assert torch.equal(g, g_expected)
