@@ -23,7 +23,13 @@ for target, kernel, d_t, d_s, bounded in (line.split() for line in sys.stdin):
     writer.writerow(measure(target, variant))
 """
 # Instructions and exponentials per element of the unmasked main loop on sm_90 at d_T = 64, d_S = 32.
-LIMITS = {"rows": (17.0, 2.35), "keys": (8.5, 2.0), "self": (12.0, 2.05), "forward": (14.5, 2.1), "resident": (25.0, 2.1)}
+LIMITS = {
+    "rows": (17.0, 2.35),
+    "keys": (8.5, 2.0),
+    "self": (12.0, 2.05),
+    "forward": (14.5, 2.1),
+    "resident": (25.0, 2.1),
+}
 KERNELS = tuple(LIMITS)
 
 
