@@ -216,3 +216,17 @@ def test_an_undefined_gradient_stays_undefined(implementation: str, device: str)
     loss = fused_minilm_loss(inputs.teacher, student, **inputs.options, implementation=implementation)
     _ReturnsNoGradient.apply(loss).backward()  # type: ignore[no-untyped-call]
     assert all(x.grad is None for x in student)
+
+
+def test_a_teacher_under_inference_mode(fused: str, device: str) -> None:
+    """Its tensors cannot be saved for backward as others are."""
+    inputs = build(Case(id="inference", n=37, student=(2, 2, 6)), device)
+    with torch.inference_mode():
+        teacher = tuple(x.clone() for x in inputs.teacher)
+    student = tuple(x.requires_grad_() for x in inputs.student)
+    expected, actual = (
+        torch.autograd.grad(fused_minilm_loss(t, student, implementation=fused), student)
+        for t in (inputs.teacher, teacher)
+    )
+    for g, g_expected in zip(actual, expected, strict=True):
+        assert torch.equal(g, g_expected)

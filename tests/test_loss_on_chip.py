@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from loss_cases import Case, build, evaluate
 
 import minilm_kernels._triton as kernels
+from minilm_kernels._triton._launch import LOG2_E
 from minilm_kernels._triton._plan import Kind
+from minilm_kernels._triton._steps import FLOOR
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -21,6 +24,15 @@ CASES = [
     Case(id="packed", n=29, student=(2, 2, 6), packed=(0, 10, 10, 23)),
     Case(id="three relations", n=19, batch=2, student=(2, 2, 6), relations=("qq", "kk", "vv"), reduction="token"),
 ]
+
+
+def test_the_score_of_a_key_that_is_not_allowed_is_exact_times_any_scale() -> None:
+    """Else `FLOOR · scale − max`, which GPUs compute with one rounding, is not 0 where it is in the interpreter."""
+    floor = np.float32(FLOOR.value)
+    for dim in range(1, 257):
+        for temperature in (0.1, 0.7, 1.0, 2.0, 30.0):
+            scale = np.float32(LOG2_E / (math.sqrt(dim) * temperature))
+            assert float(floor * scale) == float(floor) * float(scale)
 
 
 @pytest.fixture

@@ -44,7 +44,10 @@ class _RelationLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         forward = _ops.FORWARD[implementation]
         results = [forward(*group, True) for group in relation_groups(groups, teacher, student, masks)]
-        ctx.save_for_backward(*student, *teacher, *[lse for result in results for lse in result[1:3]])
+        # A teacher under torch.inference_mode() cannot be saved, and needs not be: nobody changes it in place.
+        ctx.teacher = teacher if any([x.is_inference() for x in teacher]) else None
+        kept = [] if ctx.teacher else teacher
+        ctx.save_for_backward(*student, *kept, *[lse for result in results for lse in result[1:3]])
         ctx.options = groups, masks, implementation
         ctx.prepared = [result[3:] for result in results]
         total, values = weighted_total(groups, [result[0] for result in results])
@@ -76,7 +79,8 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
     """Of the student's tensors. What the forward prepared is used up, in place, except in a compiled graph."""
     groups, masks, implementation = ctx.options
     saved, count = ctx.saved_tensors, len(ctx.needs_input_grad) - 4
-    student, teacher, lse = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    student, lse = saved[:count], saved[-2 * len(groups) :]
+    teacher = ctx.teacher or saved[count : 2 * count]
     compiling, prepared = torch.compiler.is_compiling(), ctx.prepared
     if not compiling:
         ctx.prepared = [None] * len(groups)

@@ -17,7 +17,6 @@ from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments
 from minilm_kernels._triton._plan import Kind, Tiles, swept
 from minilm_kernels._triton._steps import (
-    FLOOR,
     head_pointer,
     is_token,
     load_all_lse,
@@ -79,11 +78,12 @@ def key_sweep(
         offs_m = m + tl.arange(0, BLOCK_M)
         tile_t = load_tile(x_t, row_t, m, D_T, DIM_T, BLOCK_M)
         tile_s = load_tile(x_s, row_s, m, D_S, DIM_S, BLOCK_M)
-        t = tl.dot(key_t, tile_t.T, input_precision=PRECISION) * scales[0]
-        s = tl.dot(key_s, tile_s.T, input_precision=PRECISION) * scales[1]
+        t = tl.dot(key_t, tile_t.T, input_precision=PRECISION)
+        s = tl.dot(key_s, tile_s.T, input_precision=PRECISION)
         high_t, low_t = load_all_lse(lse_t, at + offs_m)
         high_s, low_s = load_all_lse(lse_s, at + offs_m)
-        g = probability(s, lse_s, high_s, low_s, 0) - probability(t, lse_t, high_t, low_t, 0)
+        g = probability(s, scales[1], None, lse_s, high_s, low_s, 0)
+        g -= probability(t, scales[0], None, lse_t, high_t, low_t, 0)
         if not SUMS:
             g *= tl.load(grad + at + offs_m)[None, :]
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
@@ -93,11 +93,12 @@ def key_sweep(
         tile_t = load_tokens(x_t, row_t, m, row, D_T, DIM_T, TAIL)
         tile_s = load_tokens(x_s, row_s, m, row, D_S, DIM_S, TAIL)
         allowed = row[None, :] & (offs_m[None, :] >= first[:, None]) & (offs_m[None, :] < end[:, None])
-        t = tl.where(allowed, tl.dot(key_t, tile_t.T, input_precision=PRECISION) * scales[0], FLOOR)
-        s = tl.where(allowed, tl.dot(key_s, tile_s.T, input_precision=PRECISION) * scales[1], FLOOR)
+        t = tl.dot(key_t, tile_t.T, input_precision=PRECISION)
+        s = tl.dot(key_s, tile_s.T, input_precision=PRECISION)
         high_t, low_t = load_lse(lse_t, at + offs_m, row)
         high_s, low_s = load_lse(lse_s, at + offs_m, row)
-        g = probability(s, lse_s, high_s, low_s, 0) - probability(t, lse_t, high_t, low_t, 0)
+        g = probability(s, scales[1], allowed, lse_s, high_s, low_s, 0)
+        g -= probability(t, scales[0], allowed, lse_t, high_t, low_t, 0)
         if not SUMS:
             g *= tl.load(grad + at + offs_m, mask=row, other=0.0)[None, :]
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)

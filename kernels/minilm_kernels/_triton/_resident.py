@@ -85,8 +85,8 @@ def resident(
         elif not WHOLE:
             t, s = tl.where(inside[None, :], t, FLOOR), tl.where(inside[None, :], s, FLOOR)
 
-        t = t * scales[0] - (tl.max(t, 1) * scales[0])[:, None]
-        s = s * scales[1] - (tl.max(s, 1) * scales[1])[:, None]
+        t = tl.fma(t, scales[0], -(tl.max(t, 1) * scales[0])[:, None])
+        s = tl.fma(s, scales[1], -(tl.max(s, 1) * scales[1])[:, None])
         p, q = tl.exp2(t), tl.exp2(s)
         l_t, l_s = tl.sum(p, 1), tl.sum(q, 1)
         kl = LN2 * (tl.sum(p * (t - s), 1) / l_t - tl.log2(l_t) + tl.log2(l_s))

@@ -2,7 +2,9 @@
 
 A group of G tensors (B, R, N, d) of equal strides comes as one argument: ((pointer, ...), and the four strides).
 Scores are in base 2 (log2 e is folded into their factor), because the hardware's exponential is. FLOOR stands for the
-score of a key that is not allowed: finite, so that differences of two of them exist, and exp2 of it is 0.
+score of a key that is not allowed: finite, so that differences of two of them exist; exp2 of it is 0; a power of two,
+so that its product with any factor is exact. Else, in a row that sees no key yet, `FLOOR · factor − max` as one fused
+instruction would leave the rounding of `max`, up to 1e22, and the exponential of that.
 
 G relations, B batch, R relation heads, N tokens, D dimension of a relation head, DIM its padded size, BLOCK tokens of a
 tile.
@@ -13,7 +15,7 @@ import triton.language as tl
 from triton import knobs
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-FLOOR: tl.constexpr = tl.constexpr(-1e30)
+FLOOR: tl.constexpr = tl.constexpr(-(2.0**100))
 INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -168,9 +170,18 @@ def load_all_lse(lse, offs):
 
 
 @triton.jit
-def probability(scores, lse, high, low, AXIS: tl.constexpr):
-    """2^(scores − lse), lse along the other axis; in two steps, so that the rounding of a large lse does not count."""
-    scores -= tl.expand_dims(high, AXIS)
+def probability(products, scale, allowed, lse, high, low, AXIS: tl.constexpr):
+    """2^(scale · products − lse), lse along the other axis; 0 where not allowed (None: all are).
+
+    An lse in two parts holds what the forward's one rounding of a score leaves: scores are rounded once here too, and
+    the parts are subtracted in two steps, so that the rounding of a large lse does not count.
+    """
     if len(lse) == 2:
-        scores -= tl.expand_dims(low, AXIS)
-    return tl.exp2(scores)
+        if allowed is not None:
+            products = tl.where(allowed, products, FLOOR)
+        return tl.exp2(tl.fma(products, scale, -tl.expand_dims(high, AXIS)) - tl.expand_dims(low, AXIS))
+    else:
+        scores = products * scale
+        if allowed is not None:
+            scores = tl.where(allowed, scores, FLOOR)
+        return tl.exp2(scores - tl.expand_dims(high, AXIS))

@@ -57,7 +57,8 @@ def tune(call: Callable[[], object]) -> dict[str, Tiles]:
 
 def _like(kernel: str, kind: Kind) -> Hashable:
     """What the fastest tiles depend on: lengths count by powers of two."""
-    return kernel, padded(kind.d_t), padded(kind.d_s), padded(kind.shape[3]), kind.dtype_t, kind.dtype_s, kind.masked
+    sizes = padded(kind.d_t), padded(kind.d_s), padded(kind.shape[3])
+    return kernel, *sizes, kind.dtype_t, kind.dtype_s, kind.masked, kind.precision, architecture(kind.device)
 
 
 def _time(launch: Launch, device: torch.device) -> float:
