@@ -1,6 +1,7 @@
 """The flags of `minilm-train`: its own, and all of `transformers.TrainingArguments`."""
 
 import difflib
+import math
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -276,11 +277,11 @@ def _missing(given: Any) -> str | None:
         return f"--streaming needs --max_steps, which is {given.max_steps}: a stream has no end"
     if given.data_weights is not None and len(given.data_weights) != len(given.data):
         return f"--data_weights has {len(given.data_weights)} numbers for {len(given.data)} --data"
-    if given.output_weight < 0:
-        return f"--output_weight is {given.output_weight}: it must not be negative"
+    if not 0 <= given.output_weight < math.inf:
+        return f"--output_weight is {given.output_weight}: it must be finite and not negative"
     for name in ("output_temperature", "relation_temperature"):
-        if not getattr(given, name) > 0:
-            return f"--{name} is {getattr(given, name)}: it must be positive"
+        if not 0 < getattr(given, name) < math.inf:
+            return f"--{name} is {getattr(given, name)}: it must be finite and positive"
     return None
 
 

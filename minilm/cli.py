@@ -74,7 +74,7 @@ def _refusals() -> Iterator[None]:
 
     try:
         yield
-    except (OccupiedError, ModuleNotFoundError, FileNotFoundError) as error:
+    except (OccupiedError, ModuleNotFoundError, OSError) as error:
         raise _RefusedError(str(error), 1) from error
     except ValueError as error:
         raise _RefusedError(str(error), 2) from error

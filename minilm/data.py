@@ -8,7 +8,9 @@ Several sources follow each other, or are mixed by weights: each text is drawn f
 w_i / sum(w), until every source was seen whole; smaller ones repeat.
 """
 
+import glob
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+_SPLIT = re.compile(r"(train|training|valid|validation|val|dev|test|testing|eval|evaluation)(-\d+-of-\d+)?")
 HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
 
 
@@ -24,8 +27,9 @@ def load_texts(sources: Sequence[str], *, config: str | None = None, text_column
     """All texts of the sources, in their order, as a data set with the one column "text".
 
     Args:
-        sources: each a .txt, .jsonl or .parquet file, a folder of one kind of them, or a data set's name on the hub. Of
-            a folder or hub name whose files are named by split (train, test, ...) the train split is read.
+        sources: each a .txt, .jsonl or .parquet file, a folder of one kind of them, or a data set's name on the hub,
+            whose train split is read. Of a folder all files of that kind are read, unless every one of them is named by
+            its split (train.txt, test-00000-of-00002.parquet, validation/a.jsonl): then those of training.
         config: the configuration of a hub name ("wikitext-2-raw-v1").
         text_column: where the text stands; a .txt file needs none.
 
@@ -115,18 +119,65 @@ def open_source(source: str, config: str | None, *, streaming: bool = False) -> 
             raise ValueError(f"cannot read {source!r}: its suffix {path.suffix!r} is none of {', '.join(BUILDERS)}")
         if not path.stat().st_size:
             raise ValueError(f"{source!r} holds no text: the file is empty")
-        return load_train_split(source, BUILDERS[path.suffix], data_files=source, streaming=streaming)
+        return load_files(source, [path], streaming=streaming)
     if path.is_dir():
-        kinds = sorted({file.suffix for file in path.rglob("*") if file.suffix in BUILDERS})
+        kinds = _kinds_in(path)
         if len(kinds) != 1:
             found = " and ".join(kinds) if kinds else "none"
             raise ValueError(
                 f"the folder {source!r} must hold one kind of {', '.join(BUILDERS)} files; it holds {found}"
             )
-        return load_train_split(source, source, streaming=streaming)
+        return load_files(source, training_files(path, kinds[0]), streaming=streaming)
     if path.suffix in BUILDERS or path.is_absolute() or source.startswith("."):
         raise ValueError(f"there is no file or folder {source!r}")
     return load_train_split(source, source, name=config, streaming=streaming)
+
+
+def training_files(folder: Path, suffix: str) -> list[Path]:
+    """The files of a kind in a folder and below it that are trained on, as `load_texts` has it.
+
+    Raises:
+        ValueError: all are named by their split, and none is of training.
+    """
+    files = _visible(folder, suffix)
+    splits = {path: split for path in files if (split := _split_of(path.relative_to(folder)))}
+    if len(splits) < len(files):
+        return files
+    chosen = [path for path, split in splits.items() if split.startswith("train")]
+    if not chosen:
+        names = ", ".join(sorted(set(splits.values())))
+        raise ValueError(f"the files of {str(folder)!r} are named as {names}, none as train")
+    return chosen
+
+
+def load_files(source: str, files: Sequence[Path], **options: Any) -> Any:
+    """The rows of files of one kind; errors as `load_train_split`."""
+    names = [glob.escape(str(path)) for path in files]  # datasets takes names for patterns
+    return load_train_split(source, BUILDERS[files[0].suffix], data_files=names, **options)
+
+
+def is_plain_text(source: str) -> bool:
+    """Whether the source is a .txt file or a folder of them, which have the one column "text"."""
+    path = Path(source)
+    return path.suffix == ".txt" or (path.is_dir() and _kinds_in(path) == [".txt"])
+
+
+def _kinds_in(folder: Path) -> list[str]:
+    return [suffix for suffix in sorted(BUILDERS) if _visible(folder, suffix)]
+
+
+def _visible(folder: Path, suffix: str) -> list[Path]:
+    """Files of a kind in a folder and below it, but for hidden ones."""
+    files = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _split_of(path: Path) -> str | None:
+    """What split a file's name, or that of a folder it is in, tells; None where none does."""
+    for name in (*path.parts[:-1], path.stem):
+        if match := _SPLIT.fullmatch(name):
+            return match[1]
+    return None
 
 
 def load_train_split(source: str, builder: str, **options: Any) -> Any:
@@ -141,7 +192,7 @@ def load_train_split(source: str, builder: str, **options: Any) -> Any:
 
 
 def _text_of(source: str, rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    if Path(source).suffix == ".txt":
+    if is_plain_text(source):
         column = "text"
     if column not in rows.column_names:
         raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {rows.column_names}")

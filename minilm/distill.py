@@ -27,7 +27,7 @@ from minilm.runs import check_same_run, starting_point
 from minilm.speed import measure_speed
 from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, probe_inputs
-from minilm.teachers import load_teacher
+from minilm.teachers import auto_class, load_teacher, quiet
 from minilm.trainer import DistillationTrainer, check_arguments
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
@@ -78,6 +78,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, teacher, processor)
 
+    _check_a_batch(training, inputs.train)
     training.eval_on_start = True  # the untrained student's losses, for the report
     training.dataloader_pin_memory &= training.device.type != "cpu"  # where it does nothing but warn
     if teacher.main_input_name == "pixel_values":
@@ -104,6 +105,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         "relations": criterion.relations,
         "relation_heads": criterion.relation_heads,
         "output_weight": objective.output_weight,
+        "auto_class": auto_class(student).__name__,
         "is_assistants": arguments.is_assistants,
         "processor": "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
@@ -147,7 +149,8 @@ def train(run: Run) -> str | None:
     report = None
     if args.should_save:
         # As it was saved, which also shows that it loads; under FSDP the one in memory lies in pieces.
-        student = AutoModel.from_pretrained(str(args.output_dir), dtype=trainer.teacher.dtype).to(args.device)
+        with quiet():  # about a head, which the speeds leave out
+            student = AutoModel.from_pretrained(str(args.output_dir), dtype=trainer.teacher.dtype).to(args.device)
         metrics = run.metrics | {
             "heldout": {part: {"start": first[f"eval_{part}"], "end": last[f"eval_{part}"]} for part in trainer.parts},
             "steps": trainer.state.global_step,
@@ -175,6 +178,13 @@ def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
         training.eval_on_start = False
         run.metrics["student"]["name"] = arguments.training.output_dir
         return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
+
+
+def _check_a_batch(training: TrainingArguments, train: Any) -> None:
+    """Raises `ValueError` where all sequences together are dropped as an incomplete batch."""
+    batch = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and not isinstance(train, TextStream) and len(train) < batch:
+        raise ValueError(f"dataloader_drop_last drops all {len(train)} sequences: they make no batch of {batch}")
 
 
 def _do_not_group(training: TrainingArguments) -> None:

@@ -12,7 +12,7 @@ import torch
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch import Tensor
 
-from minilm.data import load_train_split, split_heldout
+from minilm.data import load_files, load_train_split, split_heldout, training_files
 
 
 def load_images(
@@ -70,14 +70,14 @@ def _open(source: str, config: str | None) -> datasets.Dataset:
             raise ValueError(
                 f"cannot read {source!r}: images come from a folder or a .parquet file, not {path.suffix!r}"
             )
-        return load_train_split(source, "parquet", data_files=source)
+        return load_files(source, [path])
     if path.is_dir():
         suffixes = (file.suffix.lower() for file in path.rglob("*"))
         first = next((suffix for suffix in suffixes if suffix == ".parquet" or suffix in ImageFolder.EXTENSIONS), None)
         if first is None:
             raise ValueError(f"the folder {source!r} holds no image and no .parquet file")
         if first == ".parquet":
-            return load_train_split(source, source)
+            return load_files(source, training_files(path, ".parquet"))
         return load_train_split(source, "imagefolder", data_dir=source, drop_labels=True)
     if path.suffix == ".parquet" or path.is_absolute() or source.startswith("."):
         raise ValueError(f"there is no file or folder {source!r}")

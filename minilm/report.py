@@ -185,9 +185,9 @@ def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:
     ]
     return [
         "```python",
-        f"from transformers import AutoModel, {kind}",
+        f"from transformers import {metrics['auto_class']}, {kind}",
         "",
-        f"student = AutoModel.from_pretrained({str(folder)!r})",
+        f"student = {metrics['auto_class']}.from_pretrained({str(folder)!r})",
         f"{name} = {kind}.from_pretrained({str(folder)!r})",
         "```",
         "",

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minilm.report import METRICS
 
 MANIFEST, RUN = "manifest.json", "run.json"
+RESULTS = ("README.md", "report.md", "curves.png", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +39,8 @@ def starting_point(output: Path, resume: str | None) -> Path | None:
             none.
 
     Raises:
-        OccupiedError: a finished run or a model in `output`, or an unfinished one and `resume` is None.
+        OccupiedError: a finished run, a model or a file of a result's name in `output`, or an unfinished run and
+            `resume` is None.
         ValueError: `resume` names no checkpoint, an incomplete or a damaged one.
     """
     if (output / METRICS).exists():
@@ -49,6 +51,8 @@ def starting_point(output: Path, resume: str | None) -> Path | None:
     checkpoints = [path for path in checkpoints_of(output) if (path / TRAINER_STATE_NAME).is_file()]
     if not checkpoints and (output / "config.json").exists():
         raise OccupiedError(f"{output} holds a model already: choose another --output_dir")
+    if not checkpoints and (found := next((name for name in RESULTS if (output / name).exists()), None)):
+        raise OccupiedError(f"{output} holds a {found}, which the run would overwrite: choose another --output_dir")
     if resume == "auto":
         intact, faults = newest_intact(output)
         if faults and _is_main_process():
@@ -77,12 +81,16 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     path = checkpoint / RUN
     if not path.exists():
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    check_equal(checkpoint, json.loads(path.read_text(encoding="utf-8")), identity)
+
+
+def check_equal(folder: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises `ValueError` as `check_same_run` if what was saved in `folder` is not `identity`."""
     wanted = json.loads(json.dumps(identity))  # as it would be read back: tuples are lists
     for key in [*wanted, *saved]:
         there, here = (run.get(key, "not set") for run in (saved, wanted))
         if there != here:
-            raise ValueError(f"{checkpoint} belongs to another run: its {key} is {there!r}, this run's is {here!r}")
+            raise ValueError(f"{folder} belongs to another run: its {key} is {there!r}, this run's is {here!r}")
 
 
 def checkpoints_of(output: Path) -> list[Path]:

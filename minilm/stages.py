@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from minilm.arguments import Arguments
 from minilm.report import METRICS
+from minilm.runs import OccupiedError, check_equal, starting_point
 
 ASSISTANT = "assistant"  # the folder of the first run, in the output folder
 
@@ -18,7 +21,9 @@ def stages(arguments: Arguments) -> list[Arguments]:
     trained again.
 
     Raises:
-        ValueError: a checkpoint of the student is named while there is no finished assistant.
+        ValueError: a checkpoint of the student is named while there is no finished assistant; the finished one is of
+            another teacher, size, objective or data.
+        OccupiedError: there is a finished assistant, and nothing is to be resumed.
     """
     model, resume = arguments.model, arguments.training.resume_from_checkpoint
     if model.assistant_num_layers is None and model.assistant_hidden_size is None:
@@ -36,6 +41,8 @@ def stages(arguments: Arguments) -> list[Arguments]:
         student_init="auto" if model.student_init == "layers" else model.student_init,  # the student's are this one's
     )
     finished = (folder / METRICS).exists()
+    if finished:
+        _check_assistant(folder, first, resume)
     if resume not in (None, "auto"):
         if folder.resolve() in Path(resume).resolve().parents:
             second = _stage(arguments, {"resume_from_checkpoint": None}, **none, teacher=str(folder), teacher_layer=-1)
@@ -44,6 +51,20 @@ def stages(arguments: Arguments) -> list[Arguments]:
             raise ValueError(f"{resume!r} is a checkpoint of the student, and {folder} holds no finished assistant")
     second = _stage(arguments, {}, **none, teacher=str(folder), teacher_layer=-1)
     return [second] if resume is not None and finished else [first, second]
+
+
+def _check_assistant(folder: Path, arguments: Arguments, resume: str | None) -> None:
+    """Whether the finished assistant in `folder` is the one that the command asks for, and its run is continued."""
+    output = folder.parent
+    if resume is None:
+        starting_point(output, None)
+        raise OccupiedError(
+            f"{output} holds a finished {ASSISTANT} and no finished student: add --resume_from_checkpoint auto to "
+            "continue, or choose another --output_dir"
+        )
+    saved = json.loads((folder / METRICS).read_text(encoding="utf-8"))["arguments"]
+    wanted = asdict(arguments.model) | asdict(arguments.objective) | asdict(arguments.data)
+    check_equal(folder, {name: saved.get(name, "not set") for name in wanted}, wanted)
 
 
 def _stage(arguments: Arguments, training: dict[str, Any], **model: Any) -> Arguments:

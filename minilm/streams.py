@@ -19,7 +19,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -28,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from minilm.data import HELDOUT_MAX, HELDOUT_SHARE, heldout_size, mixing_shares, open_source
+from minilm.data import HELDOUT_MAX, HELDOUT_SHARE, heldout_size, is_plain_text, mixing_shares, open_source
 from minilm.packing import Packer, PackingCollator, Row, row_features
 
 ROWS_AT_ONCE = 256  # read from a file; many enough to be fast, few enough to hold
@@ -317,7 +316,7 @@ class TextStream(IterableDataset[Batch]):
 def _shards(source: str, config: str | None, column: str) -> list[Shard]:
     """The files of a source in their order, checked to have a text column."""
     rows = open_source(source, config, streaming=True)
-    if Path(source).suffix == ".txt":
+    if is_plain_text(source):
         column = "text"
     try:
         first = next(rows.iter(batch_size=1), None)

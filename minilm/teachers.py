@@ -50,7 +50,7 @@ def load_teacher(
             `head`, no such head or none among the weights.
     """
     try:
-        with _quiet():
+        with quiet():
             load = _class_with_head(name) if head else AutoModel
             teacher, info = load.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
             images = teacher.main_input_name == "pixel_values"
@@ -65,6 +65,12 @@ def load_teacher(
     if not images:
         _check_tokenizer(name, teacher, processor)
     return teacher, processor
+
+
+def auto_class(model: PreTrainedModel) -> Any:
+    """The Auto class that loads a model of this class with its head, `AutoModel` for a base model."""
+    name = type(model).__name__
+    return next((auto for end, auto in _HEADS.items() if name.endswith(end)), AutoModel)
 
 
 def resolve_length(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
@@ -126,7 +132,7 @@ def _check_tokenizer(name: str, teacher: PreTrainedModel, tokenizer: PreTrainedT
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No load reports; what matters of them is checked above."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)

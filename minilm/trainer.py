@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, TrainerState, TrainingArguments
@@ -402,6 +403,13 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process: start one process each (torchrun "
             f"--nproc_per_node {args.n_gpu} -m minilm.cli ...), or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and args.distributed_state.distributed_type is DistributedType.NO:
+        raise ValueError(f"{processes} processes were started, but each would train alone: without a GPU add --use_cpu")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(
+            f"num_train_epochs is {args.num_train_epochs} and max_steps {args.max_steps}: no step to train"
         )
     if args.label_smoothing_factor:
         raise ValueError(

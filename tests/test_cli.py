@@ -1,6 +1,7 @@
 """`minilm-train` from its arguments to the folder it leaves, and each mistake as one line and an exit code."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,33 @@ def test_a_folder_that_holds_a_model_is_left_alone(command: CommandLine, teacher
     assert Path(teacher, "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "curves.png"])
+def test_a_file_that_the_run_would_overwrite_is_left_alone(
+    command: CommandLine, teacher: str, data: str, name: str
+) -> None:
+    Path("mine").mkdir()
+    Path("mine", name).write_text("my own")
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "mine", *SMALL)
+    assert (code, Path("mine", name).read_text()) == (1, "my own")
+    assert f"mine holds a {name}, which the run would overwrite: choose another --output_dir" in err
+
+
+def test_a_run_without_a_single_batch_is_refused(command: CommandLine, teacher: str, data: str) -> None:
+    flags = [*SMALL, "--dataloader_drop_last", "true", "--per_device_train_batch_size", "5000"]
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *flags)
+    assert code == 2
+    assert re.search(r"dataloader_drop_last drops all \d+ sequences: they make no batch of 5000", err)
+    assert not Path("out").exists()
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(command: CommandLine, teacher: str, data: str) -> None:
+    Path("taken").write_text("my own")
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "taken", *SMALL)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "taken" in err
+    assert Path("taken").read_text() == "my own"
+
+
 def test_mistakes_are_one_line_and_exit_code_2(command: CommandLine, teacher: str, data: str) -> None:
     rest = ["--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL]
 
@@ -184,9 +212,11 @@ def test_mistakes_are_one_line_and_exit_code_2(command: CommandLine, teacher: st
     fails("--data_weights is given without --data", "--data_weights", "1", "2")
     fails("--data_weights has 2 numbers for 1 --data", *rest, "--data_weights", "1", "2")
     fails("--streaming needs --max_steps, which is -1: a stream has no end", *rest, "--max_steps", "-1", "--streaming")
-    fails("--output_weight is -1.0: it must not be negative", *rest, "--output_weight", "-1")
+    fails("--output_weight is -1.0: it must be finite and not negative", *rest, "--output_weight", "-1")
+    fails("--output_weight is nan: it must be finite and not negative", *rest, "--output_weight", "nan")
+    fails("--relation_temperature is inf: it must be finite and pos", *rest, "--relation_temperature", "inf")
     fails("has no trained head (it was saved as BertModel): leave out --output_weight", *rest, "--output_weight", "1")
-    fails("--output_temperature is 0.0: it must be positive", *rest, "--output_temperature", "0")
+    fails("--output_temperature is 0.0: it must be finite and positive", *rest, "--output_temperature", "0")
     fails("there is no recipe or file 'minilm-v3'", *rest, "--recipe", "minilm-v3")
     fails("init 'slice' cannot widen hidden_size from 32 to 64", *rest, "--student_hidden_size", "64", *SLICE)
     fails("--output_dir is missing", "--teacher", teacher, "--data", data)

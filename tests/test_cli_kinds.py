@@ -115,4 +115,6 @@ def test_it_trains_stops_goes_on_and_loads(
         auto = AutoModelForMaskedLM if kind == "masked LM" else AutoModelForSequenceClassification
         _, info = auto.from_pretrained("out", output_loading_info=True)
         assert not info["missing_keys"]
+        assert f"student = {auto.__name__}.from_pretrained('out')" in out
+        assert "LOAD REPORT" not in out
     assert Path("out/report.md").read_text() in out

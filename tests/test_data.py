@@ -64,6 +64,43 @@ def test_of_a_folder_named_by_split_only_train_is_read(tmp_path: Path) -> None:
     assert read(folder) == ["train"]
 
 
+def write_lines(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_no_file_of_a_folder_is_left_out_for_a_word_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    write_lines(folder / "chapter1.txt", "one")
+    write_lines(folder / "training_methods.txt", "two")
+    write_lines(folder / "test.txt", "three")
+    write_lines(folder / "train" / "b.txt", "four")
+    assert sorted(read(folder)) == ["four", "one", "three", "two"]
+
+
+def test_splits_are_told_by_names_of_files_and_folders(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a" / "train" / "x.txt", "one")
+    write_lines(tmp_path / "a" / "train-00001-of-00002.txt", "two")
+    write_lines(tmp_path / "a" / "val" / "x.txt", "three")
+    assert sorted(read(tmp_path / "a")) == ["one", "two"]
+    write_lines(tmp_path / "b" / "test.txt", "four")
+    write_lines(tmp_path / "b" / "dev" / "x.txt", "five")
+    with pytest.raises(ValueError, match=r"the files of '.*b' are named as dev, test, none as train"):
+        read(tmp_path / "b")
+
+
+def test_other_and_hidden_files_of_a_folder_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    write_lines(folder / "a[1].txt", "one")
+    for name in ("b.csv", "c.csv", "d.csv"):
+        write_lines(folder / name, "text", "not this")
+    write_lines(folder / ".ipynb_checkpoints" / "a.jsonl", "{}")
+    write_lines(folder / "README.md", "---", "configs: [{config_name: default, data_files: '*.csv'}]", "---")
+    assert read(folder) == read(folder / "a[1].txt") == ["one"]
+    assert read(folder, text_column="sentence") == ["one"]  # which a folder of .txt files needs none of
+
+
 def test_several_sources_follow_each_other(tmp_path: Path) -> None:
     lines = tmp_path / "a.txt"
     lines.write_text("one\n", encoding="utf-8")

@@ -24,6 +24,7 @@ METRICS: dict[str, Any] = {
     "relations": {"qq": 1.0, "vv": 0.5},
     "relation_heads": 48,
     "output_weight": 0.0,
+    "auto_class": "AutoModel",
     "is_assistants": False,
     "processor": "tokenizer",
     "training": {"tokens_per_second": 54321.0, "loss_share": 0.0625},

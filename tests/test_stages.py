@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import CommandLine
 from transformers import AutoModel
 
 from minilm.arguments import parse
+from minilm.runs import OccupiedError
 from minilm.stages import stages
 
 RUN = [
@@ -55,10 +57,34 @@ def test_a_finished_assistant_is_not_trained_again(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match=r"checkpoint-2' is a checkpoint of the student, and .* no finished assistant"):
         resumed(outside)
     Path("out/assistant").mkdir(parents=True)
-    Path("out/assistant/metrics.json").write_text("{}")
+    first = stages(parse(asked()))[0]
+    saved = {"arguments": asdict(first.model) | asdict(first.objective) | asdict(first.data)}
+    Path("out/assistant/metrics.json").write_text(json.dumps(saved))
     assert resumed("auto") == [("out", "auto")]
     assert resumed(outside) == [("out", outside)]
-    assert len(stages(parse(asked()))) == 2  # which `starting_point` refuses, for the finished run in there
+    with pytest.raises(OccupiedError, match=r"out holds a finished assistant and no finished student: add --resume"):
+        stages(parse(asked()))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("--teacher", "other", r"its teacher is 't', this run's is 'other'"),
+        ("--assistant_num_layers", "4", r"its student_num_layers is 3, this run's is 4"),
+        ("--objective", "minilm-v2", r"its objective is 'minilm', this run's is 'minilm-v2'"),
+        ("--data", "e.txt", r"its data is \['d.txt'\], this run's is \['e.txt'\]"),
+    ],
+)
+def test_a_finished_assistant_of_another_run_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, value: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = stages(parse(asked()))[0]
+    Path("out/assistant").mkdir(parents=True)
+    saved = {"arguments": asdict(first.model) | asdict(first.objective) | asdict(first.data)}
+    Path("out/assistant/metrics.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=rf"assistant belongs to another run: {told}"):
+        stages(parse(asked("--resume_from_checkpoint", "auto", flag, value)))
 
 
 def test_a_chain_leaves_both_models_and_says_what_taught_whom(command: CommandLine, teacher: str, data: str) -> None:
@@ -75,7 +101,11 @@ def test_a_chain_leaves_both_models_and_says_what_taught_whom(command: CommandLi
 
     code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *CHAIN)
     assert code == 1
-    assert "assistant holds a finished run" in err
+    assert "out holds a finished run" in err
+    Path("out/metrics.json").unlink()
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *CHAIN)
+    assert code == 1
+    assert "out holds an unfinished run (checkpoint-4): add --resume_from_checkpoint auto" in err
 
 
 def test_what_the_student_cannot_be_shows_before_the_assistant_is_trained(

@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from minilm import MiniLMLoss, fused_minilm_loss
 from minilm._capture import attention_qkv
 from minilm.students import build_student, freeze_unused
-from minilm.trainer import DistillationModel
+from minilm.trainer import DistillationModel, check_arguments
 
 SMALL_BATCH = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}
 # Renamed within transformers 5; the old name warns where there is the new one.
@@ -255,9 +255,20 @@ def test_arguments_that_mean_nothing_here_are_refused(tmp_path: Path, monkeypatc
     fails("neftune_noise_alpha=5.0 is not supported", neftune_noise_alpha=5.0)
     fails("eval_do_concat_batches=False is not supported", eval_do_concat_batches=False)
     fails("data_seed must not be negative, got -1", data_seed=-1)
+    fails("num_train_epochs is 0.* and max_steps -1: no step to train", num_train_epochs=0, max_steps=-1)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", _NotInstalled)
     fails(r"report_to=\['wandb'\]: it needs wandb", report_to=["wandb"])
     fails("use_reentrant=True is not supported", **{CHECKPOINTING + "_kwargs": {"use_reentrant": True}})
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun without a GPU and without use_cpu."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.world_size == 1
+    check_arguments(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started, but each would train alone: .* --use_cpu"):
+        check_arguments(args)
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
