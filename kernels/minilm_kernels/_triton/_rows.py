@@ -27,6 +27,7 @@ from minilm_kernels._triton._steps import (
     load_tokens,
     partners,
     program,
+    relative,
     store_lse,
     store_tokens,
     weight_of,
@@ -80,7 +81,7 @@ def row_sweep(
         t = tl.dot(query_t, tile_t.T, input_precision=PRECISION)
         s = tl.dot(query_s, tile_s.T, input_precision=PRECISION)
         m_t, m_s, l_t, l_s, a, o_t, o_s = _online_update(
-            m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, dx, PRECISION
+            m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, lse_t, dx, PRECISION
         )
     for n in range(full, last, TAIL):
         offs_n = n + tl.arange(0, TAIL)
@@ -91,7 +92,7 @@ def row_sweep(
         t = tl.where(allowed, tl.dot(query_t, tile_t.T, input_precision=PRECISION), FLOOR)
         s = tl.where(allowed, tl.dot(query_s, tile_s.T, input_precision=PRECISION), FLOOR)
         m_t, m_s, l_t, l_s, a, o_t, o_s = _online_update(
-            m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, dx, PRECISION
+            m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, lse_t, dx, PRECISION
         )
 
     l_t, l_s = tl.where(token, l_t, 1.0), tl.where(token, l_s, 1.0)
@@ -114,14 +115,14 @@ def row_sweep(
 
 
 @triton.jit
-def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, dx, PRECISION: tl.constexpr):
+def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, lse, dx, PRECISION: tl.constexpr):
     """The running sums after one more tile of products; their scale is applied where it costs nothing.
 
     Two sums instead of one of p (t − s): that would hold both tiles of scores in registers beside p, and spill.
     """
     new_t, new_s = tl.maximum(m_t, tl.max(t, 1) * scales[0]), tl.maximum(m_s, tl.max(s, 1) * scales[1])
     shrink_t, shrink_s = tl.exp2(m_t - new_t), tl.exp2(m_s - new_s)
-    t, s = t * scales[0] - new_t[:, None], s * scales[1] - new_s[:, None]
+    t, s = relative(t, scales[0], new_t, lse), relative(s, scales[1], new_s, lse)
     p, q = tl.exp2(t), tl.exp2(s)
     a = (a - l_t * ((new_t - m_t) - (new_s - m_s))) * shrink_t + (tl.sum(p * t, 1) - tl.sum(p * s, 1))
     l_t = l_t * shrink_t + tl.sum(p, 1)

@@ -170,6 +170,17 @@ def load_all_lse(lse, offs):
 
 
 @triton.jit
+def relative(products, scale, top, lse):
+    """scale · products − top of each row; with an lse in two parts rounded once, as `probability` has it."""
+    if lse is None:
+        return products * scale - top[:, None]
+    elif len(lse) == 2:
+        return tl.fma(products, scale, -top[:, None])
+    else:
+        return products * scale - top[:, None]
+
+
+@triton.jit
 def probability(products, scale, allowed, lse, high, low, AXIS: tl.constexpr):
     """2^(scale · products − lse), lse along the other axis; 0 where not allowed (None: all are).
 
