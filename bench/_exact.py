@@ -18,6 +18,7 @@ ELEMENTS = 1 << 24  # scores in one piece of work
 # Of gradients, by norm: what rounding scores and probabilities in the type may cost. In the loss it averages out.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 LOSS_SHARE = 0.1
+LOSS_SCALE = 2.0**16  # of float16, as in training: a gradient of a mean over all tokens is too small for it
 
 
 class Outcome(NamedTuple):
@@ -27,7 +28,10 @@ class Outcome(NamedTuple):
 
 def outcome(loss: Loss, inputs: Inputs) -> Outcome:
     value = loss(*inputs)
-    return Outcome(value.detach(), torch.autograd.grad(value, inputs.student))
+    if inputs.student[0].dtype != torch.float16:
+        return Outcome(value.detach(), torch.autograd.grad(value, inputs.student))
+    scaled = torch.autograd.grad(value, inputs.student, torch.full_like(value, LOSS_SCALE))
+    return Outcome(value.detach(), tuple(g.float() / LOSS_SCALE for g in scaled))
 
 
 def exact(case: Case, inputs: Inputs) -> Outcome:

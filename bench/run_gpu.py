@@ -44,8 +44,8 @@ def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
     if part == "step":
         commit_option = ["--commit", commit] if commit else []
         return [
-            [python, str(bench / "truncation_bench.py"), "--out", str(RESULTS), *commit_option],
             [python, str(bench / "step_bench.py"), *options],
+            [python, str(bench / "truncation_bench.py"), "--out", str(RESULTS), *commit_option],
         ]
     report = str(out / "kernels.ncu-rep")
     return [

@@ -18,6 +18,7 @@ from transformers import BertConfig
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import _compare
+import _exact
 import _measure
 import _results
 import loss_bench
@@ -160,6 +161,16 @@ def test_flash_refuses_what_its_kernel_does_not_take() -> None:
     assert refuses(gpu_case("v1-384", 512), "cuda") == ""
     assert refuses(SMALL, "cuda") == "flash attention takes bf16 and fp16"
     assert refuses(replace(SMALL, d_t=128, d_s=136), "cpu").endswith("up to 256, not 264")
+
+
+def test_gradients_in_float16_are_compared_under_a_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it eager code counts as wrong for gradients of 1e-6, which float16 can hardly hold."""
+    [case] = select_cases(False, ["v2-48"], [128], dtype="fp16")
+    inputs = make_inputs(case, "cpu")
+    truth = exact(case, inputs)
+    assert not is_wrong(rel_error(outcome(eager(case, "cpu"), inputs), truth, "both"), "both", "fp16")
+    monkeypatch.setattr(_exact, "LOSS_SCALE", 1.0)
+    assert is_wrong(rel_error(outcome(eager(case, "cpu"), inputs), truth, "both"), "both", "fp16")
 
 
 def test_errors_are_seen() -> None:
