@@ -45,7 +45,8 @@ class _RelationLosses(torch.autograd.Function):
         forward = _ops.FORWARD[implementation]
         results = [forward(*group, True) for group in relation_groups(groups, teacher, student, masks)]
         # A teacher under torch.inference_mode() cannot be saved, and needs not be: nobody changes it in place.
-        ctx.teacher = teacher if any([x.is_inference() for x in teacher]) else None
+        unsaved = not torch.compiler.is_compiling() and any([x.is_inference() for x in teacher])
+        ctx.teacher = teacher if unsaved else None
         kept = [] if ctx.teacher else teacher
         ctx.save_for_backward(*student, *kept, *[lse for result in results for lse in result[1:3]])
         ctx.options = groups, masks, implementation

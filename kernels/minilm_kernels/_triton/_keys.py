@@ -27,6 +27,7 @@ from minilm_kernels._triton._steps import (
     pick,
     probability,
     program,
+    scores,
     store_tokens,
     weight_of,
 )
@@ -78,12 +79,12 @@ def key_sweep(
         offs_m = m + tl.arange(0, BLOCK_M)
         tile_t = load_tile(x_t, row_t, m, D_T, DIM_T, BLOCK_M)
         tile_s = load_tile(x_s, row_s, m, D_S, DIM_S, BLOCK_M)
-        t = tl.dot(key_t, tile_t.T, input_precision=PRECISION)
-        s = tl.dot(key_s, tile_s.T, input_precision=PRECISION)
+        t = scores(tl.dot(key_t, tile_t.T, input_precision=PRECISION), scales[0], None, lse_t)
+        s = scores(tl.dot(key_s, tile_s.T, input_precision=PRECISION), scales[1], None, lse_s)
         high_t, low_t = load_all_lse(lse_t, at + offs_m)
         high_s, low_s = load_all_lse(lse_s, at + offs_m)
-        g = probability(s, scales[1], None, lse_s, high_s, low_s, 0)
-        g -= probability(t, scales[0], None, lse_t, high_t, low_t, 0)
+        g = probability(s, scales[1], lse_s, high_s, low_s, 0)
+        g -= probability(t, scales[0], lse_t, high_t, low_t, 0)
         if not SUMS:
             g *= tl.load(grad + at + offs_m)[None, :]
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
@@ -93,12 +94,12 @@ def key_sweep(
         tile_t = load_tokens(x_t, row_t, m, row, D_T, DIM_T, TAIL)
         tile_s = load_tokens(x_s, row_s, m, row, D_S, DIM_S, TAIL)
         allowed = row[None, :] & (offs_m[None, :] >= first[:, None]) & (offs_m[None, :] < end[:, None])
-        t = tl.dot(key_t, tile_t.T, input_precision=PRECISION)
-        s = tl.dot(key_s, tile_s.T, input_precision=PRECISION)
+        t = scores(tl.dot(key_t, tile_t.T, input_precision=PRECISION), scales[0], allowed, lse_t)
+        s = scores(tl.dot(key_s, tile_s.T, input_precision=PRECISION), scales[1], allowed, lse_s)
         high_t, low_t = load_lse(lse_t, at + offs_m, row)
         high_s, low_s = load_lse(lse_s, at + offs_m, row)
-        g = probability(s, scales[1], allowed, lse_s, high_s, low_s, 0)
-        g -= probability(t, scales[0], allowed, lse_t, high_t, low_t, 0)
+        g = probability(s, scales[1], lse_s, high_s, low_s, 0)
+        g -= probability(t, scales[0], lse_t, high_t, low_t, 0)
         if not SUMS:
             g *= tl.load(grad + at + offs_m, mask=row, other=0.0)[None, :]
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)

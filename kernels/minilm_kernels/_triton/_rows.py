@@ -27,7 +27,6 @@ from minilm_kernels._triton._steps import (
     load_tokens,
     partners,
     program,
-    relative,
     store_lse,
     store_tokens,
     weight_of,
@@ -122,7 +121,12 @@ def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, lse, d
     """
     new_t, new_s = tl.maximum(m_t, tl.max(t, 1) * scales[0]), tl.maximum(m_s, tl.max(s, 1) * scales[1])
     shrink_t, shrink_s = tl.exp2(m_t - new_t), tl.exp2(m_s - new_s)
-    t, s = relative(t, scales[0], new_t, lse), relative(s, scales[1], new_s, lse)
+    if lse is None:
+        t, s = t * scales[0] - new_t[:, None], s * scales[1] - new_s[:, None]
+    elif len(lse) == 2:  # rounded once by name, as in `probability`
+        t, s = tl.fma(t, scales[0], -new_t[:, None]), tl.fma(s, scales[1], -new_s[:, None])
+    else:
+        t, s = t * scales[0] - new_t[:, None], s * scales[1] - new_s[:, None]
     p, q = tl.exp2(t), tl.exp2(s)
     a = (a - l_t * ((new_t - m_t) - (new_s - m_s))) * shrink_t + (tl.sum(p * t, 1) - tl.sum(p * s, 1))
     l_t = l_t * shrink_t + tl.sum(p, 1)

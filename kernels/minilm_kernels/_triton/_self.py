@@ -31,6 +31,7 @@ from minilm_kernels._triton._steps import (
     pick,
     probability,
     program,
+    scores,
     store_tokens,
     weight_of,
 )
@@ -118,11 +119,11 @@ def self_sweep(
         offs_n = n + tl.arange(0, BLOCK_N)
         tile_t = load_tile(x_t, base_t, n, D_T, DIM_T, BLOCK_N)
         tile_s = load_tile(x_s, base_s, n, D_S, DIM_S, BLOCK_N)
-        t = tl.dot(query_t, tile_t.T, input_precision=PRECISION)
-        s = tl.dot(query_s, tile_s.T, input_precision=PRECISION)
+        t = scores(tl.dot(query_t, tile_t.T, input_precision=PRECISION), scales[0], None, lse_t)
+        s = scores(tl.dot(query_s, tile_s.T, input_precision=PRECISION), scales[1], None, lse_s)
         b_t, b_s = tl.load(factors[0] + at + offs_n), tl.load(factors[1] + at + offs_n)
-        g = probability(s, scales[1], None, lse_s, own_s, low_s, 1) * (1.0 + a_s[:, None] * b_s[None, :])
-        g -= probability(t, scales[0], None, lse_t, own_t, low_t, 1) * (1.0 + a_t[:, None] * b_t[None, :])
+        g = probability(s, scales[1], lse_s, own_s, low_s, 1) * (1.0 + a_s[:, None] * b_s[None, :])
+        g -= probability(t, scales[0], lse_t, own_t, low_t, 1) * (1.0 + a_t[:, None] * b_t[None, :])
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
     for n in range(full, last, TAIL):
         offs_n = n + tl.arange(0, TAIL)
@@ -130,14 +131,14 @@ def self_sweep(
         tile_t = load_tokens(x_t, base_t, n, key, D_T, DIM_T, TAIL)
         tile_s = load_tokens(x_s, base_s, n, key, D_S, DIM_S, TAIL)
         allowed = key[None, :] & (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
-        t = tl.dot(query_t, tile_t.T, input_precision=PRECISION)
-        s = tl.dot(query_s, tile_s.T, input_precision=PRECISION)
+        t = scores(tl.dot(query_t, tile_t.T, input_precision=PRECISION), scales[0], allowed, lse_t)
+        s = scores(tl.dot(query_s, tile_s.T, input_precision=PRECISION), scales[1], allowed, lse_s)
         key_t, key_low_t = load_lse(lse_t, at + offs_n, key)
         key_s, key_low_s = load_lse(lse_s, at + offs_n, key)
-        g = probability(s, scales[1], allowed, lse_s, own_s, low_s, 1)
-        g -= probability(t, scales[0], allowed, lse_t, own_t, low_t, 1)
-        g += probability(s, scales[1], allowed, lse_s, key_s, key_low_s, 0)
-        g -= probability(t, scales[0], allowed, lse_t, key_t, key_low_t, 0)
+        g = probability(s, scales[1], lse_s, own_s, low_s, 1)
+        g -= probability(t, scales[0], lse_t, own_t, low_t, 1)
+        g += probability(s, scales[1], lse_s, key_s, key_low_s, 0)
+        g -= probability(t, scales[0], lse_t, key_t, key_low_t, 0)
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
 
     factor = weight_of(row_weight, scales[3], batch, m, offs_m < N, BLOCK_M) * scales[2]

@@ -170,29 +170,23 @@ def load_all_lse(lse, offs):
 
 
 @triton.jit
-def relative(products, scale, top, lse):
-    """scale · products − top of each row; with an lse in two parts rounded once, as `probability` has it."""
-    if lse is None:
-        return products * scale - top[:, None]
-    elif len(lse) == 2:
-        return tl.fma(products, scale, -top[:, None])
-    else:
-        return products * scale - top[:, None]
+def scores(products, scale, allowed, lse):
+    """What `probability` takes: scale · products, FLOOR where not allowed (None: all are).
+
+    An lse in two parts holds what the forward's one rounding of a score leaves, so there the scale waits for the
+    subtraction, and scores are rounded once too.
+    """
+    if len(lse) == 1:
+        products = products * scale
+    if allowed is not None:
+        products = tl.where(allowed, products, FLOOR)
+    return products
 
 
 @triton.jit
-def probability(products, scale, allowed, lse, high, low, AXIS: tl.constexpr):
-    """2^(scale · products − lse), lse along the other axis; 0 where not allowed (None: all are).
-
-    An lse in two parts holds what the forward's one rounding of a score leaves: scores are rounded once here too, and
-    the parts are subtracted in two steps, so that the rounding of a large lse does not count.
-    """
-    if len(lse) == 2:
-        if allowed is not None:
-            products = tl.where(allowed, products, FLOOR)
-        return tl.exp2(tl.fma(products, scale, -tl.expand_dims(high, AXIS)) - tl.expand_dims(low, AXIS))
-    else:
-        scores = products * scale
-        if allowed is not None:
-            scores = tl.where(allowed, scores, FLOOR)
+def probability(scores, scale, lse, high, low, AXIS: tl.constexpr):
+    """2^(scores − lse), lse along the other axis; two parts in two steps, so that rounding a large lse does not count."""
+    if len(lse) == 1:
         return tl.exp2(scores - tl.expand_dims(high, AXIS))
+    else:
+        return tl.exp2(tl.fma(scores, scale, -tl.expand_dims(high, AXIS)) - tl.expand_dims(low, AXIS))
