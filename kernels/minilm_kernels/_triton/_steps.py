@@ -185,7 +185,7 @@ def scores(products, scale, allowed, lse):
 
 @triton.jit
 def probability(scores, scale, lse, high, low, AXIS: tl.constexpr):
-    """2^(scores − lse), lse along the other axis; two parts in two steps, so that rounding a large lse does not count."""
+    """2^(scores − lse), lse along the other axis; two parts are subtracted in two steps, else their sum would round."""
     if len(lse) == 1:
         return tl.exp2(scores - tl.expand_dims(high, AXIS))
     else:
