@@ -24,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 import minilm_kernels._triton as kernels
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import Kind, kind_fields, resident_tokens, tiles
+from minilm_kernels._triton._plan import Kind, kind_fields, resident_tokens, tiles, walks
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)},
@@ -115,7 +115,7 @@ def launch(variant: Variant, architecture: int) -> Launch:
     if variant.kernel == "self":
         bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
         return kernels.self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
-    programs = 1 if architecture == 90 and length > 64 else math.prod(kind.shape[:3])
+    programs = 1 if walks(architecture, length) else math.prod(kind.shape[:3])
     return kernels.resident_launch(relations, kind, dx, dy, programs)
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,8 @@ def _check_assistant(folder: Path, arguments: Arguments, resume: str | None) -> 
             "continue, or choose another --output_dir"
         )
     saved = json.loads((folder / METRICS).read_text(encoding="utf-8"))["arguments"]
-    wanted = asdict(arguments.model) | asdict(arguments.objective) | asdict(arguments.data)
+    own = (arguments.model, arguments.objective, arguments.data)
+    wanted = {name: value for part in own for name, value in dataclasses.asdict(part).items()}
     check_equal(folder, {name: saved.get(name, "not set") for name in wanted}, wanted)
 
 

@@ -69,8 +69,7 @@ def load_teacher(
 
 def auto_class(model: PreTrainedModel) -> Any:
     """The Auto class that loads a model of this class with its head, `AutoModel` for a base model."""
-    name = type(model).__name__
-    return next((auto for end, auto in _HEADS.items() if name.endswith(end)), AutoModel)
+    return _head_loader(type(model).__name__) or AutoModel
 
 
 def resolve_length(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
@@ -99,10 +98,13 @@ class _NoHeadError(ValueError):
 
 def _class_with_head(name: str) -> Any:
     saved_as = (AutoConfig.from_pretrained(name).architectures or ["an unnamed class"])[0]
-    for ending, load in _HEADS.items():
-        if saved_as.endswith(ending):
-            return load
+    if load := _head_loader(saved_as):
+        return load
     raise _NoHeadError(name, f"it was saved as {saved_as}")
+
+
+def _head_loader(class_name: str) -> Any:
+    return next((load for ending, load in _HEADS.items() if class_name.endswith(ending)), None)
 
 
 def _check_weights(name: str, teacher: PreTrainedModel, missing_keys: Iterable[str], head: bool) -> None:

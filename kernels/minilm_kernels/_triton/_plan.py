@@ -31,6 +31,7 @@ class Kind:
     is_self: bool
     symmetric: bool
     sums: bool
+    folds_weight: bool  # see `Relations`
     masked: bool
     precision: str  # of products of float32
     device: torch.device
@@ -45,11 +46,6 @@ class Kind:
     @property
     def element_size(self) -> int:
         return max(self.dtype_t.itemsize, self.dtype_s.itemsize)
-
-    @property
-    def folds_weight(self) -> bool:
-        """See `Relations`."""
-        return self.dtype_s != torch.float16
 
     @cached_property
     def lse_parts(self) -> int:
@@ -68,9 +64,10 @@ def kind_fields(relations: Relations) -> tuple[Any, ...]:
         d_s,
         dtype_t,
         dtype_s,
-        not relations.y_s,
+        relations.is_self,
         relations.symmetric,
         relations.sums,
+        relations.folds_weight,
         relations.bounds is not None,
         "tf32" if single and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         x_s.device,
@@ -136,9 +133,14 @@ def walkers(kind: Kind) -> int:
     walk spills. There every head has its program.
     """
     heads = math.prod(kind.shape[:3])
-    if kind.shape[3] <= 64 or architecture(kind.device) != 90:
+    if not walks(architecture(kind.device), kind.shape[3]):
         return heads
     return min(heads, torch.cuda.get_device_properties(kind.device).multi_processor_count)
+
+
+def walks(architecture: int, length: int) -> bool:
+    """Whether programs take several heads whose rows are on chip; see `walkers`."""
+    return architecture == 90 and length > 64
 
 
 def padded(dim: int) -> int:
