@@ -35,11 +35,11 @@ DEFAULTS: dict[str, Any] = {
 }
 DEMO: dict[str, Any] = {
     "student_num_layers": 3,
-    "student_init": "random",
+    "student_init": "layers",
     "max_length": 64,
     "output_dir": OUTPUT_DIR,
     "max_steps": 300,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-4,
     "warmup_steps": 30,
     "logging_steps": 10,
     "eval_strategy": "steps",

@@ -4,6 +4,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from minilm._capture import QKV, attention_qkv, num_layers, resolve_layer
+from minilm.agreement import FEWEST_TEXTS, Agreement
 from minilm.arguments import Arguments
 from minilm.batches import check_packable
 from minilm.demo import TEACHER_NAME, teacher_folder
+from minilm.embeddings import MEAN, SentenceFiles, sentence_files
 from minilm.inputs import load_inputs
 from minilm.loss import MiniLMLoss
 from minilm.objectives import build_objective, is_causal, parse_relations
 from minilm.outputs import check_output, has_vocabulary_head
 from minilm.rehearsal import rehearsal_arguments, rehearse
-from minilm.report import Metrics, overview, write_report
+from minilm.report import METRICS, Metrics, overview, write_report
 from minilm.runs import check_same_run, starting_point
 from minilm.speed import measure_speed
 from minilm.streams import TextStream
-from minilm.students import build_student, count_parameters, probe_inputs
+from minilm.students import build_student, count_parameters, ends_as_teacher, probe_inputs
 from minilm.teachers import auto_class, load_teacher, quiet
 from minilm.trainer import DistillationTrainer, check_arguments
 
@@ -40,6 +43,7 @@ class Run:
     trainer: DistillationTrainer
     checkpoint: Path | None  # to continue from
     metrics: Metrics  # what is known before training
+    sentences: SentenceFiles | None  # of the teacher
 
 
 def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
@@ -63,7 +67,9 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     with_output = objective.output_weight > 0
-    teacher, processor = load_teacher(model.teacher or str(teacher_folder()), head=with_output)
+    name = model.teacher or str(teacher_folder())
+    teacher, processor = load_teacher(name, head=with_output)
+    sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     student, criterion = _student_and_objective(arguments, teacher)
     identity = _identity(arguments, criterion, teacher, student)
     if checkpoint:
@@ -106,6 +112,9 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         "relation_heads": criterion.relation_heads,
         "output_weight": objective.output_weight,
         "auto_class": auto_class(student).__name__,
+        "serves": with_output or _serves(name, trainer),
+        "pooling": list(sentences.pooling if sentences else MEAN),
+        "sentence_files": sentences is not None and _same_width(teacher, student),
         "is_assistants": arguments.is_assistants,
         "processor": "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
@@ -125,7 +134,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     trainer.run_identity = identity
     if checkpoint:
         trainer.load_rank_state(checkpoint)  # here, where what does not fit is told before any work
-    return Run(trainer, checkpoint, metrics)
+    return Run(trainer, checkpoint, metrics, sentences)
 
 
 def train(run: Run) -> str | None:
@@ -134,6 +143,8 @@ def train(run: Run) -> str | None:
     Stopped by a signal (`run.trainer.stopped_by`), it writes nothing but the checkpoint.
     """
     trainer, args = run.trainer, run.trainer.args
+    agreement = _agreement(trainer, run.metrics["pooling"]) if args.should_save else None
+    untrained = agreement.similarities(trainer.student.base_model) if agreement else None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if trainer.stopped_by is not None:
@@ -162,6 +173,18 @@ def train(run: Run) -> str | None:
             "training": _pace(trainer),
             "speed_batch": args.per_device_eval_batch_size,
         }
+        if run.sentences and metrics["sentence_files"]:
+            run.sentences.copy_to(Path(str(args.output_dir)))
+        metrics["agreement"] = None
+        if agreement and untrained is not None:
+            trained = agreement.similarities(student)
+            metrics["agreement"] = {
+                "texts": len(agreement.rows),
+                "neighbours": agreement.neighbours,
+                "start": agreement.measure(untrained),
+                "end": agreement.measure(trained),
+                "examples": agreement.examples(trained, trainer.processing_class),
+            }
         report = write_report(Path(str(args.output_dir)), metrics, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()  # the next run's teacher may be what was written
     if args.push_to_hub:
@@ -259,6 +282,27 @@ def _identity(
         "relation_heads": criterion.relation_heads,
         **{name: own[name] for name in (*same, *of_data, "seed", "data_seed")},
     }
+
+
+def _agreement(trainer: DistillationTrainer, pooling: Sequence[str]) -> Agreement | None:
+    """Of a text model with texts enough."""
+    heldout, args = trainer.eval_dataset, trainer.args
+    if not isinstance(trainer.processing_class, PreTrainedTokenizerBase) or len(heldout) < FEWEST_TEXTS:
+        return None
+    collate, size = trainer.data_collator, args.per_device_eval_batch_size
+    return Agreement(trainer.teacher.base_model, heldout, collate, size, pooling)
+
+
+def _serves(teacher: str, trainer: DistillationTrainer) -> bool:
+    """Whether a student that relations alone have trained is of use before it is fine-tuned."""
+    taught = Path(teacher) / METRICS  # a student of ours, an assistant for one
+    own = not taught.is_file() or bool(json.loads(taught.read_text(encoding="utf-8")).get("serves", True))
+    of_last = trainer.teacher_layer == num_layers(trainer.teacher)
+    return own and of_last and ends_as_teacher(trainer.teacher.base_model, trainer.student.base_model)
+
+
+def _same_width(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
+    return bool(teacher.config.hidden_size == student.config.hidden_size)
 
 
 def _as_dict(arguments: Arguments) -> dict[str, Any]:

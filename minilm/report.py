@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from minilm.agreement import FEWEST_TEXTS
+
 Metrics = dict[str, Any]
 History = list[dict[str, Any]]  # of Trainer.state.log_history: rows of losses, each with its step
 
@@ -87,6 +89,8 @@ def report_markdown(folder: Path, metrics: Metrics) -> str:
             "![losses by step](curves.png)",
             "",
             *_how_to_load(folder, metrics),
+            *_agreement(metrics),
+            *_how_to_encode(folder, metrics),
         ]
     )
 
@@ -97,12 +101,13 @@ def model_card(folder: Path, metrics: Metrics) -> str:
     # A folder's name would point to another model on the hub, or to none.
     base = [f"base_model: {name}"] if (name := metrics["arguments"]["teacher"]) and not Path(name).exists() else []
     losses = ", ".join(f"{name} {ends['start']:.3f} to {ends['end']:.3f}" for name, ends in metrics["heldout"].items())
+    tags = ["minilm", "distillation", *(["sentence-transformers"] if metrics["sentence_files"] else [])]
     return "\n".join(
         [
             "---",
             "library_name: transformers",
             *base,
-            "tags: [minilm, distillation]",
+            f"tags: [{', '.join(tags)}]",
             "---",
             f"# {student['layers']} x {student['hidden_size']} student of {teacher['name']}",
             "",
@@ -111,6 +116,7 @@ def model_card(folder: Path, metrics: Metrics) -> str:
             f"Held-out loss by relation, from the untrained student to this one: {losses}.",
             "",
             *_how_to_load(folder, metrics),
+            *_how_to_encode(folder, metrics),
         ]
     )
 
@@ -178,11 +184,6 @@ def _pace(metrics: Metrics) -> str:
 def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:
     vision = metrics["processor"] == "image processor"
     name, kind = ("processor", "AutoImageProcessor") if vision else ("tokenizer", "AutoTokenizer")
-    untrained = [
-        "The relations end at the last layer's queries, keys and values. What is above them (that layer's attention",
-        "output and feed-forward part) is as initialised, and learns when the student is fine-tuned on a task.",
-        "",
-    ]
     return [
         "```python",
         f"from transformers import {metrics['auto_class']}, {kind}",
@@ -191,8 +192,76 @@ def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:
         f"{name} = {kind}.from_pretrained({str(folder)!r})",
         "```",
         "",
-        *([] if metrics["output_weight"] else untrained),
+        _what_it_is_for(metrics),
+        "",
     ]
+
+
+def _what_it_is_for(metrics: Metrics) -> str:
+    if metrics["output_weight"]:
+        return "The output loss trained the whole student: it serves as it is."
+    if metrics["serves"]:
+        return (
+            "The relations train all that lies below the last layer's queries, keys and values. What lies above them "
+            "is the teacher's own last layer, unchanged: the student serves as it is."
+        )
+    return (
+        "The relations end at the last layer's queries, keys and values. What lies above them is untrained: fine-tune "
+        "the student on a task before use. One with the teacher's width, from its layers and with the relations of its "
+        "last layer, serves at once."
+    )
+
+
+def _agreement(metrics: Metrics) -> list[str]:
+    """What comes out, beside what the teacher gives."""
+    agreement = metrics["agreement"]
+    if agreement is None:
+        texts = f"there are {metrics['data']['heldout_sequences']}."
+        of_few = [f"Agreement with the teacher is measured on at least {FEWEST_TEXTS} held-out texts; {texts}", ""]
+        return of_few if metrics["processor"] == "tokenizer" else []
+    start, end = agreement["start"], agreement["end"]
+    nearest = f"shared among the {agreement['neighbours']} nearest neighbours"
+    header = [f"agreement with the teacher on {agreement['texts']} held-out texts", "untrained", "trained"]
+    rows = [
+        ["correlation of cosine similarities (Spearman)", f"{start['correlation']:.3f}", f"{end['correlation']:.3f}"],
+        [nearest, f"{start['neighbours']:.0%}", f"{end['neighbours']:.0%}"],
+    ]
+    examples = [
+        line
+        for example in agreement["examples"]
+        for line in (
+            f"- {example['text']}",
+            f"  - teacher: {example['teacher']}",
+            f"  - student: {'the same' if example['student'] == example['teacher'] else example['student']}",
+        )
+    ]
+    return [
+        *_table(header, rows),
+        "",
+        f"Vectors are made by {' and '.join(metrics['pooling'])} pooling of the last hidden states. Five of the texts, "
+        "each with its nearest neighbour:",
+        "",
+        *examples,
+        "",
+    ]
+
+
+def _how_to_encode(folder: Path, metrics: Metrics) -> list[str]:
+    """Two lines that make a vector of a sentence, where the student serves for that."""
+    if metrics["processor"] != "tokenizer" or not metrics["serves"]:
+        return []
+    if metrics["sentence_files"]:
+        lines = [
+            "from sentence_transformers import SentenceTransformer",
+            f'vectors = SentenceTransformer({str(folder)!r}).encode(["A sentence.", "And another one."])',
+        ]
+    else:
+        token = {"cls": "[0]", "lasttoken": "[-1]"}.get(metrics["pooling"][0], ".mean(0)")
+        lines = [
+            "from transformers import pipeline",
+            f'vector = pipeline("feature-extraction", {str(folder)!r})("A sentence.", return_tensors=True)[0]{token}',
+        ]
+    return ["```python", *lines, "```", ""]
 
 
 def _compare(name: str, pair: Metrics, key: str, text: Callable[[float], str]) -> list[str]:

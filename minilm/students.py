@@ -136,6 +136,20 @@ def freeze_unused(
     return unused
 
 
+def ends_as_teacher(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
+    """Whether all that `freeze_unused` froze of a base model, but for the pooler, is that of the teacher's last layer.
+
+    Then nothing is untrained: relations train what lies below, and what lies above knows the teacher's last layer.
+    """
+    given, last = teacher.state_dict(), [layers_of(teacher)] * layers_of(student)
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad and not name.startswith("pooler."):
+            source = given.get(_teacher_name(student, name, last))
+            if source is None or not torch.equal(source, parameter.to(source)):
+                return False
+    return True
+
+
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Parameters of the base model, as the papers count them: "embedding", "transformer" and their sum, "total".
 

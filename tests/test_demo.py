@@ -79,6 +79,10 @@ def test_a_short_demonstration_leaves_a_student_and_is_not_run_twice(
     assert metrics["student"] == {"name": "minilm-demo", "layers": 3, "hidden_size": 384, "heads": 12}
     assert metrics["parameters"]["student"] == {"embedding": 11_918_592, "transformer": 5_323_392, "total": 17_241_984}
     assert metrics["relations"] == {"qk": 1.0, "vv": 1.0}
+    assert (metrics["arguments"]["student_init"], metrics["arguments"]["learning_rate"]) == ("layers", 2e-4)
+    assert metrics["serves"]
+    assert metrics["agreement"]["end"]["correlation"] > metrics["agreement"]["start"]["correlation"]
+    assert "SentenceTransformer('minilm-demo')" in out
     assert set(metrics["heldout"]) == {"qk", "vv"}
     assert (metrics["steps"], metrics["data"]["max_length"]) == (3, 16)
     assert "minilm-demo" in Path("minilm-demo/report.md").read_text()

@@ -25,6 +25,16 @@ METRICS: dict[str, Any] = {
     "relation_heads": 48,
     "output_weight": 0.0,
     "auto_class": "AutoModel",
+    "serves": False,
+    "pooling": ["mean"],
+    "sentence_files": False,
+    "agreement": {
+        "texts": 100,
+        "neighbours": 10,
+        "start": {"correlation": 0.25, "neighbours": 0.125},
+        "end": {"correlation": 0.875, "neighbours": 0.5},
+        "examples": [{"text": "a", "teacher": "b", "student": "b"}, {"text": "c", "teacher": "d", "student": "e"}],
+    },
     "is_assistants": False,
     "processor": "tokenizer",
     "training": {"tokens_per_second": 54321.0, "loss_share": 0.0625},
@@ -77,6 +87,30 @@ def test_the_report_tells_sizes_speeds_and_losses_of_both_models() -> None:
     assert "minilm-v2 (qq + 0.5 vv over 48 relation heads) on teacher layer 12: 10 steps of 256 sequences" in report
     assert "in 1.5 minutes on cpu" in report
     assert "AutoModel.from_pretrained('out')" in report
+
+
+def test_the_report_tells_what_comes_out_beside_the_teacher() -> None:
+    report = report_markdown(Path("out"), METRICS)
+    assert "agreement with the teacher on 100 held-out texts" in report
+    assert cells(report, "correlation of cosine similarities (Spearman)") == ["0.250", "0.875"]
+    assert cells(report, "shared among the 10 nearest neighbours") == ["12%", "50%"]
+    assert "- a\n  - teacher: b\n  - student: the same\n- c\n  - teacher: d\n  - student: e\n" in report
+    images = METRICS | {"agreement": None, "processor": "image processor"}
+    assert "agreement" not in report_markdown(Path("out"), images).lower()
+
+
+def test_a_student_that_serves_ends_with_two_lines_that_encode() -> None:
+    serving = METRICS | {"serves": True}
+    assert "fine-tune the student" in report_markdown(Path("out"), METRICS)
+    assert "encode" not in report_markdown(Path("out"), METRICS | {"sentence_files": True})
+    for told in (report_markdown(Path("out"), serving), model_card(Path("out"), serving)):
+        assert "the student serves as it is" in told
+        assert "fine-tune" not in told
+        *_, lines = told.split("```python")
+        assert lines.splitlines()[1] == "from transformers import pipeline"
+    with_files = model_card(Path("out"), serving | {"sentence_files": True})
+    assert "SentenceTransformer('out').encode" in with_files
+    assert "tags: [minilm, distillation, sentence-transformers]" in with_files
 
 
 def test_a_resumed_runs_minutes_are_those_of_its_last_part() -> None:

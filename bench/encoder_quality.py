@@ -1,0 +1,67 @@
+"""What frozen sentence vectors are worth downstream: STS-B and TREC, for any folders or names that AutoModel loads.
+
+    python bench/encoder_quality.py minilm-demo --stsb stsb/validation.parquet --trec trec/train.parquet trec/test.parquet
+
+The vectors are means over the tokens of the last hidden states. STS-B is Spearman's correlation of cosine similarities
+with the judgements, TREC the accuracy of scikit-learn's logistic regression (standardised features, C = 1) on the coarse
+question classes; both times 100. Files are those of the hub's nyu-mll/glue (stsb) and CogComp/trec, as parquet; the
+columns sentence1, sentence2, label and text, coarse_label are read. Needs the `demo` extra.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.embeddings import MEAN, pool
+
+BATCH, MAX_LENGTH = 64, 128
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--stsb", required=True, metavar="FILE")
+    parser.add_argument("--trec", required=True, nargs=2, metavar=("TRAIN", "TEST"))
+    arguments = parser.parse_args(argv)
+    pairs, (train, test) = pd.read_parquet(arguments.stsb), map(pd.read_parquet, arguments.trec)
+    print(f"{'model':<32} {'STS-B':>6} {'TREC':>6}")
+    for name in arguments.models:
+        model, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+        print(
+            f"{name:<32} {stsb(model, tokenizer, pairs):>6.1f} {trec(model, tokenizer, train, test):>6.1f}", flush=True
+        )
+
+
+def stsb(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame) -> float:
+    first, second = (encode(model, tokenizer, list(pairs[column])) for column in ("sentence1", "sentence2"))
+    return 100 * float(spearmanr(functional.cosine_similarity(first, second).numpy(), pairs["label"])[0])
+
+
+def trec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: pd.DataFrame, test: pd.DataFrame) -> float:
+    features = [encode(model, tokenizer, list(part["text"])).numpy() for part in (train, test)]
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return 100 * float(classifier.fit(features[0], train["coarse_label"]).score(features[1], test["coarse_label"]))
+
+
+@torch.inference_mode()
+def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
+    """(texts, d), in batches of similar lengths."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    vectors = []
+    for start in range(0, len(order), BATCH):
+        some = [texts[index] for index in order[start : start + BATCH]]
+        inputs = tokenizer(some, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        vectors.append(pool(model(**inputs).last_hidden_state, inputs["attention_mask"], MEAN))
+    return torch.cat(vectors)[torch.tensor(order).argsort()]
+
+
+if __name__ == "__main__":
+    main()
