@@ -1,10 +1,10 @@
 """What frozen sentence vectors are worth downstream: STS-B and TREC, for any folders or names that AutoModel loads.
 
-    python bench/encoder_quality.py minilm-demo --stsb stsb/validation.parquet --trec trec/train.parquet trec/test.parquet
+    python bench/encoder_quality.py minilm-demo --stsb validation.parquet --trec train.parquet test.parquet
 
 The vectors are means over the tokens of the last hidden states. STS-B is Spearman's correlation of cosine similarities
-with the judgements, TREC the accuracy of scikit-learn's logistic regression (standardised features, C = 1) on the coarse
-question classes; both times 100. Files are those of the hub's nyu-mll/glue (stsb) and CogComp/trec, as parquet; the
+with the judgements, TREC the accuracy of scikit-learn's logistic regression (standardised features, C = 1) on the
+coarse question classes; both times 100. The files are those of the hub's nyu-mll/glue (stsb) and CogComp/trec; the
 columns sentence1, sentence2, label and text, coarse_label are read. Needs the `demo` extra.
 """
 
