@@ -1,5 +1,6 @@
 """What autograd asks for: gradcheck, retain_graph, accumulation, and second derivatives or an error."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -230,3 +231,51 @@ def test_a_teacher_under_inference_mode(fused: str, device: str) -> None:
     )
     for g, g_expected in zip(actual, expected, strict=True):
         assert torch.equal(g, g_expected)
+
+
+# torch scripts its own decompositions at the first forward-mode call
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def forward_mode(name: str) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
+    """The derivative along (1, 1, ...), by one of PyTorch's ways to it."""
+    ways: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+        "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+        "jacfwd": lambda f, x: torch.func.jacfwd(f)(x).sum(),
+        "linearize": lambda f, x: torch.func.linearize(f, x)[1](torch.ones_like(x)),
+        "jacobian": lambda f, x: torch.autograd.functional.jacobian(
+            f, x, strategy="forward-mode", vectorize=True
+        ).sum(),
+    }
+    return ways[name]
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("way", ["jvp", "jacfwd", "linearize", "jacobian"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_raises(way: str, requires_grad: bool, fused: str, device: str) -> None:
+    x = torch.randn(1, 1, 4, 3, device=device, requires_grad=requires_grad)
+    teacher = torch.randn(1, 1, 4, 3, device=device)
+    with pytest.raises(RuntimeError, match=f"implementation='{fused}' has no forward-mode derivatives"):
+        forward_mode(way)(lambda s: relation_kl(teacher, teacher, s, s, implementation=fused), x)
+
+
+@FORWARD_MODE
+def test_reference_has_forward_mode(device: str) -> None:
+    x, teacher = (torch.randn(1, 1, 4, 3, device=device, dtype=torch.float64) for _ in range(2))
+
+    def loss(s: Tensor) -> Tensor:
+        return relation_kl(teacher, teacher, s, s, implementation="reference")
+
+    (gradient,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    for way in ("jvp", "jacfwd"):
+        torch.testing.assert_close(forward_mode(way)(loss, x.detach()), gradient.sum())
+
+
+@FORWARD_MODE
+def test_a_dual_teacher_is_a_constant(fused: str, device: str) -> None:
+    student = torch.randn(1, 1, 4, 3, device=device)
+    _, tangent = torch.func.jvp(
+        lambda t: relation_kl(t, t, student, student, implementation=fused), (student + 1,), (student,)
+    )
+    assert tangent == 0

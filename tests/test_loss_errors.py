@@ -90,6 +90,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "None that a relation needs": ({"student": (x(), x(), None)}, ValueError, ["'vv'", "student", "None"]),
     "mixed devices": ({"student": tuple(t.to("meta") for t in triple())}, ValueError, ["cpu", "meta"]),
     "mixed devices in one model": ({"teacher": (x(), x().to("meta"), x())}, ValueError, ["cpu", "meta"]),
+    "sparse tensors": ({"teacher": (x().to_sparse(), x(), x())}, TypeError, ["teacher", "dense", "torch.sparse_coo"]),
+    "mkldnn tensors": ({"student": (x(), x(), x().to_mkldnn())}, TypeError, ["student", "dense", "torch._mkldnn"]),
+    "nested tensors": (
+        {"student": (x(), torch.nested.as_nested_tensor([x()[0], x()[1]], layout=torch.jagged), x())},
+        TypeError, ["student", "dense", "nested"],
+    ),
     # relations
     "unknown relation": ({"relations": ("qk", "qx")}, ValueError, ["'qx'", "q, k, v"]),
     "unknown relation in a dict": ({"relations": {"qkv": 1.0}}, ValueError, ["'qkv'", "q, k, v"]),
@@ -99,6 +105,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "negative weight": ({"relations": {"qk": 1.0, "vv": -0.5}}, ValueError, ["'vv'", "negative", "-0.5"]),
     "NaN weight": ({"relations": {"qk": float("nan")}}, ValueError, ["'qk'", "nan"]),
     "infinite weight": ({"relations": {"qk": float("inf")}}, ValueError, ["'qk'", "inf"]),
+    "weight beyond float32": ({"relations": {"qk": 10**400}}, ValueError, ["'qk'", "1e+30", "401 digits"]),
+    "learnt weight": (
+        {"relations": {"qk": torch.nn.Parameter(torch.ones(()))}}, TypeError, ["'qk'", "number", "Parameter"],
+    ),
+    "two weights": ({"relations": {"qk": torch.ones(2)}}, TypeError, ["'qk'", "number", "Tensor"]),
+    "weight a string": ({"relations": {"qk": "1"}}, TypeError, ["'qk'", "number", "str"]),
     "all weights 0": ({"relations": {"qk": 0.0}}, ValueError, ["weight 0", "qk"]),
     # allowed keys
     "mask of another shape": (
@@ -109,6 +121,27 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         {"attention_mask": torch.ones(B, N, device="meta")}, ValueError, ["attention_mask", "meta", "cpu"],
     ),
     "mask no tensor": ({"attention_mask": [[1] * N] * B}, TypeError, ["attention_mask", "Tensor", "list"]),
+    "mask to add": (
+        {"attention_mask": torch.full((B, N), -1e9)}, ValueError, ["attention_mask", "0 at padding", "-1000000000.0"],
+    ),
+    "mask of NaN": ({"attention_mask": torch.full((B, N), torch.nan)}, ValueError, ["attention_mask", "nan"]),
+    "mask sparse": (
+        {"attention_mask": torch.ones(B, N).to_sparse()}, TypeError, ["attention_mask", "dense", "torch.sparse_coo"],
+    ),
+    "mask complex": (
+        {"attention_mask": torch.ones(B, N, dtype=torch.complex64)}, TypeError, ["attention_mask", "torch.complex64"],
+    ),
+    "causal a word": ({"causal": "no"}, TypeError, ["causal", "True or False", "'no'"]),
+    "causal a list": ({"causal": []}, TypeError, ["causal", "True or False", "list"]),
+    "causal a tensor": ({"causal": torch.tensor([True, False])}, TypeError, ["causal", "True or False", "Tensor"]),
+    "prefix complex": (
+        {"prefix_lengths": torch.ones(B, dtype=torch.complex64), "causal": True},
+        TypeError, ["prefix_lengths", "torch.complex64"],
+    ),
+    "prefix too long for its type": (
+        {"prefix_lengths": torch.tensor([1, 8], dtype=torch.uint8), "causal": True},
+        ValueError, ["prefix_lengths", "7", "[1, 8]"],
+    ),
     "prefix without causal": (
         {"prefix_lengths": ints(1, 2)}, ValueError, ["prefix_lengths", "causal=True", "causal=False"],
     ),
@@ -147,6 +180,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "temperature 0": ({"temperature": 0.0}, ValueError, ["temperature", "positive", "0.0"]),
     "temperature negative": ({"temperature": -1.5}, ValueError, ["temperature", "positive", "-1.5"]),
     "temperature NaN": ({"temperature": float("nan")}, ValueError, ["temperature", "positive", "nan"]),
+    "temperature infinite": ({"temperature": float("inf")}, ValueError, ["temperature", "1e+30", "inf"]),
+    "temperature tiny": ({"temperature": 1e-46}, ValueError, ["temperature", "1e-30", "1e-46"]),
+    "temperature huge": ({"temperature": 10**400}, ValueError, ["temperature", "1e+30", "401 digits"]),
+    "temperature a word": ({"temperature": "1"}, TypeError, ["temperature", "number", "str"]),
     "temperature a tensor": ({"temperature": torch.tensor(2.0)}, TypeError, ["temperature", "number", "Tensor"]),
     "unknown reduction": ({"reduction": "mean"}, ValueError, ["reduction", "sequence, token, sum", "'mean'"]),
     "rows of a sum of relations": ({"reduction": "none"}, ValueError, ["reduction", "sequence, token, sum", "'none'"]),

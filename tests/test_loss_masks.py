@@ -152,3 +152,34 @@ def test_prefix_over_padding_lets_no_padding_in(fused: str, device: str) -> None
     exact = evaluate(inputs, "reference", torch.float64)
     check_outcome(evaluate(inputs, fused), evaluate(inputs, "reference"), exact)
     assert exact.loss.isfinite()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("reduction", ["sequence", "sum"])
+def test_a_hole_that_is_longer_than_a_block_of_rows(causal: bool, reduction: str) -> None:
+    """`chunked` takes 512 rows at a time here; of a whole block none is a token."""
+    case = Case(id="long hole", n=1024, student=(2, 2, 4), masks=("full", "empty"), batch=2, causal=causal)
+    inputs = build(case, "cpu")
+    mask = inputs.options["attention_mask"]
+    mask[:, 8:-8] = False
+    mask[1, :8] = True
+    check_outcome(
+        evaluate(inputs, "chunked"), evaluate(inputs, "reference"), evaluate(inputs, "reference", torch.float64)
+    )
+
+
+SMALL_INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32]
+
+
+@pytest.mark.parametrize("dtype", SMALL_INTEGERS)
+def test_lengths_beyond_what_the_integers_hold(dtype: torch.dtype, implementation: str, device: str) -> None:
+    """N = 300 and offsets up to 120: nothing is compared in the integers' own type."""
+    x, y = (torch.randn(1, 1, 300, 4, device=device, generator=torch.Generator(device).manual_seed(i)) for i in (0, 1))
+    for options in ({"causal": True, "prefix_lengths": [58]}, {"cu_seqlens": [0, 50, 120]}):
+        results = []
+        for integers in (dtype, torch.int64):
+            tensors = {
+                k: torch.tensor(v, dtype=integers, device=device) if k != "causal" else v for k, v in options.items()
+            }
+            results.append(relation_kl(x, x, y, y, **tensors, implementation=implementation))
+        assert results[0] == results[1]

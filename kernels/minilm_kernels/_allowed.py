@@ -36,16 +36,17 @@ def allowed_matrix(pattern: Pattern, batch: int, length: int, device: torch.devi
     position = torch.arange(length, device=device)
     allowed = torch.ones((batch, length, length), dtype=torch.bool, device=device)
     if pattern.attention_mask is not None:
-        token = pattern.attention_mask != 0
+        token = pattern.attention_mask.bool()
         allowed = token.unsqueeze(2) & token.unsqueeze(1)
     if pattern.cu_seqlens is not None:
-        sequence = (position.unsqueeze(1) >= pattern.cu_seqlens[1:]).sum(1)
-        token = position < pattern.cu_seqlens[-1]
+        edges = pattern.cu_seqlens.to(torch.int64)  # N may exceed its own type
+        sequence = (position.unsqueeze(1) >= edges[1:]).sum(1)
+        token = position < edges[-1]
         allowed = allowed & token & (sequence.unsqueeze(1) == sequence.unsqueeze(0))
     if pattern.causal:
         seen = position.unsqueeze(0) <= position.unsqueeze(1)
         if pattern.prefix_lengths is not None:
-            seen = seen | (position < pattern.prefix_lengths.view(-1, 1, 1))
+            seen = seen | (position < pattern.prefix_lengths.to(torch.int64).view(-1, 1, 1))
         allowed = allowed & seen
     return allowed
 
@@ -65,7 +66,7 @@ def allowed_keys(
     first, end = torch.zeros((1, 1), dtype=torch.int64, device=device), torch.full((1, 1), length, device=device)
     token, holes = None, None
     if pattern.attention_mask is not None:
-        token = pattern.attention_mask != 0
+        token = pattern.attention_mask.bool()
         tokens = token.sum(1, keepdim=True)
         first = torch.where(token, position, length).amin(1, keepdim=True)
         end = torch.where(token, position + 1, 0).amax(1, keepdim=True)
@@ -93,7 +94,7 @@ def allowed_keys(
         last_seen = position + 1
         row_first = torch.maximum(first, position)
         if pattern.prefix_lengths is not None:
-            prefix = pattern.prefix_lengths.view(-1, 1)
+            prefix = pattern.prefix_lengths.to(torch.int64).view(-1, 1)
             last_seen = torch.maximum(last_seen, prefix)
             row_first = torch.where(position < prefix, first, row_first)
         key_end = torch.minimum(end, last_seen)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from minilm_kernels import _ops
 from minilm_kernels._grouping import Group, relation_groups, weighted_total
@@ -22,6 +23,10 @@ def relation_losses(
 
     Without sums, of one group only, the rows (relations, B, R, N), twice.
     """
+    if forward_ad._current_level >= 0 and any([forward_ad.unpack_dual(x).tangent is not None for x in student]):
+        raise RuntimeError(
+            f"implementation={implementation!r} has no forward-mode derivatives; they need implementation='reference'"
+        )
     if torch.is_grad_enabled() and any([x.requires_grad for x in student]):
         if torch.compiler.is_compiling():  # dynamo takes no tensor twice, as in QK beside KK
             teacher, student = [x.detach() for x in teacher], [x.view_as(x) for x in student]

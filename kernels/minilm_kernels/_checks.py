@@ -2,6 +2,8 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ IMPLEMENTATIONS = ("triton", "chunked", "reference")
 RELATIONS = tuple(x + y for x in "qkv" for y in "qkv")
 Layout = tuple[Sequence[int], tuple[int, ...], torch.dtype, torch.device]  # shape, stride, dtype, device of a tensor
 MAX_TRITON_DIM = 256
+MAX_WEIGHT = 1e30  # far beyond use, and the loss stays within float32
+TEMPERATURES = (1e-30, 1e30)  # beyond, the scale of the scores, 1/(√d·T), leaves float32
 
 
 def check_triple(whose: str, triple: object) -> None:
@@ -29,6 +33,18 @@ def check_tensors(relation: str, sides: Sequence[object]) -> None:
             raise ValueError(f"relation {relation!r} needs the {name}, got None")
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        _check_dense(name, x)
+
+
+def is_plain(x: object) -> bool:
+    """Whether x is a dense tensor of no subclass, as almost always: quicker to tell than what else it may be."""
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.layout is not torch.strided or x.is_nested:
+        found = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
 
 
 def side_names(relation: str) -> list[str]:
@@ -87,16 +103,27 @@ def check_pattern(pattern: Pattern, batch: int, length: int, device: torch.devic
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        _check_dense(name, x)
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}, the query, key and value tensors are on {device}")
+        if x.is_complex():
+            raise TypeError(f"{name} must be a tensor of real numbers, got {x.dtype}")
         if name != "attention_mask" and (x.is_floating_point() or x.dtype == torch.bool):
             raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
     if mask is not None and mask.shape != (batch, length):
         raise ValueError(f"attention_mask must have shape (B, N) = ({batch}, {length}), got {tuple(mask.shape)}")
+    if mask is not None and mask.is_floating_point() and _readable(mask):
+        other = mask[(mask != 0) & (mask != 1)]
+        if other.numel():
+            raise ValueError(
+                f"attention_mask must hold 1 at tokens and 0 at padding, got {other[0].item()}: is it one to add?"
+            )
     if prefix is not None:
         if prefix.shape != (batch,):
             raise ValueError(f"prefix_lengths must have shape (B,) = ({batch},), got {tuple(prefix.shape)}")
-        if _readable(prefix) and not bool(((prefix >= 0) & (prefix <= length)).all()):
+        if _readable(prefix) and not all(
+            0 <= end <= length for end in prefix.tolist()
+        ):  # Python's: N may exceed the type
             raise ValueError(f"prefix_lengths must lie in 0..{length}, got {prefix.tolist()}")
     if cu_seqlens is not None:
         if batch != 1:
@@ -110,10 +137,28 @@ def check_pattern(pattern: Pattern, batch: int, length: int, device: torch.devic
 
 
 def check_temperature(temperature: float) -> None:
-    if isinstance(temperature, Tensor):
-        raise TypeError("temperature must be a number, got a Tensor")
+    if not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number, got a {type(temperature).__name__}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+    least, most = TEMPERATURES
+    if not least <= temperature <= most:
+        raise ValueError(f"temperature must lie in {least:g}..{most:g}, got {_short(temperature)}")
+
+
+def check_causal(causal: bool) -> None:
+    if not isinstance(causal, bool):
+        found = repr(causal) if isinstance(causal, (int, str)) else type(causal).__name__
+        raise TypeError(f"causal must be True or False, got {found}")
+
+
+def _short(number: Any) -> str:
+    """As it is, but for whole numbers of hundreds of digits."""
+    return (
+        f"{number}"
+        if not isinstance(number, int) or abs(number) < 10**20
+        else f"a number of {len(str(abs(number)))} digits"
+    )
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -144,8 +189,13 @@ def relation_weights(relations: Sequence[str] | Mapping[str, float]) -> dict[str
             raise ValueError(f"relation {name!r} is named {names.count(name)} times; give it a weight instead")
     weights = dict(relations) if isinstance(relations, Mapping) else dict.fromkeys(names, 1.0)
     for name, weight in weights.items():
+        if not isinstance(weight, Real):
+            raise TypeError(f"the weight of relation {name!r} must be a number, got a {type(weight).__name__}")
         if not 0 <= weight < float("inf"):
             raise ValueError(f"the weight of relation {name!r} must be finite and not negative, got {weight}")
+        if weight > MAX_WEIGHT:
+            raise ValueError(f"the weight of relation {name!r} must be at most {MAX_WEIGHT:g}, got {_short(weight)}")
+    weights = {name: float(weight) for name, weight in weights.items()}
     if not any(weights.values()):
         raise ValueError(f"every relation has weight 0: {weights}; nothing would be learnt")
     return {name: weight for name, weight in weights.items() if weight}

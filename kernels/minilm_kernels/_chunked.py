@@ -2,10 +2,13 @@
 
 For a block of rows: t = scale_T x_T Y_Tᵀ, P = softmax(t), likewise s and Q for the student, and
 
-    row loss  Σ_j P_ij (log P_ij − log Q_ij)
+    row loss  Σ_j P_ij (log P_ij − log Q_ij) = Σ_j P_ij (t_ij − s_ij) − (log Σ_j exp t_ij − log Σ_j exp s_ij)
     G = Q − P,   dX = scale_S G Y_S,   dY += scale_S Gᵀ X_S         (row weights multiply G)
-Where the row weight is equal along a sequence it may be applied at the end, to the rows of dX and dY: then
-the gradients of unit weight are computed here in the forward, and the backward only scales them.
+Each row of t and of s is first lowered by its maximum, as softmax does: then what is common to a row's scores cancels
+exactly, however large it is, and 1 / Σ exp is the largest probability.
+
+Where the row weight is equal along a sequence it may be applied at the end, to the rows of dX and dY: then the
+gradients of unit weight are computed here in the forward, and the backward only scales them.
 
 B batch, R relation heads, N tokens, d dimension of a relation head, W width of the window of keys that a block may see.
 """
@@ -96,11 +99,11 @@ def _sweep(
             scores_s = _scores(x, y, relations.scale_s, denied, scratch)
             p, q = (torch.softmax(scores, dim=-1, out=scratch.like(scores)) for scores in (scores_t, scores_s))
             if with_rows:
-                lse = _logsumexp(scores_t, p).sub_(_logsumexp(scores_s, q))
-                difference = scores_t.sub_(scores_s).sub_(lse)  # log P − log Q
+                difference = _lowered(scores_t).sub_(_lowered(scores_s))
                 if denied is not None:
                     difference.masked_fill_(denied, 0)
-                loss = difference.mul_(p).sum(3, keepdim=True)
+                log_sums = _largest(q).log_().sub_(_largest(p).log_())
+                loss = difference.mul_(p).sum(3, keepdim=True).sub_(log_sums)
                 rows[at_rows] = _only(loss, is_row).squeeze(3)
             if with_gradients:
                 g = q.sub_(p)
@@ -154,11 +157,13 @@ def _blocks(bounds: Tensor | None, x: Tensor) -> Iterator[tuple[slice, slice, sl
         while n < stop:
             row = slice(n, min(n + rows, stop) if not readable else _end_of_rows(bounds, batch, n, min(n + rows, stop)))
             key = slice(0, length) if not readable else slice(*_extent(bounds, batch, row, 0))
-            scores = batch_step * (row.stop - row.start) * max(1, key.stop - key.start)
+            n = row.stop
+            if key.start == key.stop:
+                continue  # a hole in the mask as long as the block
+            scores = batch_step * (row.stop - row.start) * (key.stop - key.start)
             head_step = -(-heads // -(-heads * scores // BLOCK_ELEMENTS))  # equal shares
             for h in range(0, heads, head_step):
                 yield batch, slice(h, min(h + head_step, heads)), row, key
-            n = row.stop
 
 
 def _end_of_rows(bounds: Tensor | None, batch: slice, start: int, stop: int) -> int:
@@ -216,9 +221,14 @@ def _scores(x: Tensor, y: Tensor, scale: float, denied: Tensor | None, scratch: 
     return scores if denied is None else scores.masked_fill_(denied, -torch.inf)
 
 
-def _logsumexp(scores: Tensor, softmax: Tensor) -> Tensor:
-    """Of each row, (..., 1), from the largest score and its probability: reading is faster here than exponentials."""
-    return scores.amax(-1, keepdim=True).sub_(softmax.amax(-1, keepdim=True).log_())
+def _lowered(scores: Tensor) -> Tensor:
+    """Each row less its largest score, in place."""
+    return scores.sub_(_largest(scores))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Of each row, (..., 1)."""
+    return x.amax(-1, keepdim=True)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

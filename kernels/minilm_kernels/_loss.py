@@ -41,11 +41,11 @@ def fused_minilm_loss(
             are constants. One that no relation uses may be None.
         student: (q, k, v), each (B, H_s, N, D_s); gradients flow here, in the dtype of each tensor.
         relations: pairs of the letters q, k, v: ("qk", "vv") is MiniLM (eq. 10), ("qq", "kk", "vv") MiniLMv2; or a
-            dict of weights, {"qk": 1.0, "vv": 0.5}. Weight 0 leaves a relation out.
+            dict of weights, {"qk": 1.0, "vv": 0.5}: numbers, not tensors. Weight 0 leaves a relation out.
         relation_heads: concatenate the heads of a token and split them again into this many (MiniLMv2, section 3.1).
             Needed where teacher and student have different numbers of heads.
-        attention_mask: (B, N), nonzero where there is a token, in any pattern. Padding counts neither as row nor as
-            key, in any relation, and nothing behind it changes the loss or a gradient.
+        attention_mask: (B, N), nonzero where there is a token, in any pattern; not one that is added to scores. Padding
+            counts neither as row nor as key, in any relation, and nothing behind it changes the loss or a gradient.
         causal: keys after the query are not allowed, in every relation.
         prefix_lengths: (B,) integers, with causal=True: all tokens see the first so many positions (UniLM).
         cu_seqlens: (S + 1,) integers, with B = 1: the packed sequences are [cu[s], cu[s+1]) and do not see each other;
@@ -54,7 +54,9 @@ def fused_minilm_loss(
         reduction: "sequence": per sequence the mean over heads and tokens, then the mean over the sequences that have
             tokens (MiniLM eq. 6 and 9); "token": every token of the batch weighs the same; "sum": no division.
         implementation: "triton" (CUDA), "chunked" (any device), "reference" (any device, N×N memory); None: triton on
-            CUDA up to 256 dimensions a head, else chunked. One that is named never falls back to another.
+            CUDA up to 256 dimensions a head, else chunked. One that is named never falls back to another. "reference"
+            alone has second and forward-mode derivatives; it multiplies 16-bit tensors in their own type, as eager code
+            does, so that float16 scores end at 65504.
 
     Returns:
         A float32 scalar (float64 if the student is float64). With no token at all it is 0, with zero gradients.
@@ -170,13 +172,14 @@ def _losses(
     Under reduction "none" there is one relation, and its rows (1, B, R, N) stand for the weighted sum.
     """
     checks.check_temperature(temperature)
+    checks.check_causal(pattern.causal)
     checks.check_relation_heads(relation_heads)
     if implementation is not None:
         checks.check_choice("implementation", implementation, checks.IMPLEMENTATIONS)
     known, relations = not torch.compiler.is_compiling(), []
     for name, tensors in zip(weights, sides, strict=True):
         for x in tensors:
-            if type(x) is not Tensor:
+            if not checks.is_plain(x):
                 checks.check_tensors(name, tensors)
                 known = False  # of fake tensors the shapes may be symbols, which have no hash
         x_t, y_t, x_s, y_s = tensors
