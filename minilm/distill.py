@@ -17,6 +17,7 @@ from minilm._capture import QKV, attention_qkv, num_layers, resolve_layer
 from minilm.arguments import Arguments
 from minilm.batches import check_packable
 from minilm.demo import TEACHER_NAME, teacher_folder
+from minilm.errors import tried
 from minilm.inputs import load_inputs
 from minilm.loss import MiniLMLoss
 from minilm.objectives import build_objective, is_causal, parse_relations
@@ -29,6 +30,7 @@ from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, probe_inputs
 from minilm.teachers import auto_class, load_teacher, quiet
 from minilm.trainer import DistillationTrainer, check_arguments
+from minilm.trial import try_out
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
 
@@ -78,7 +80,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, teacher, processor)
 
-    _check_a_batch(training, inputs.train)
+    _check_a_batch(training, inputs.train, inputs.heldout)
     training.eval_on_start = True  # the untrained student's losses, for the report
     training.dataloader_pin_memory &= training.device.type != "cpu"  # where it does nothing but warn
     if teacher.main_input_name == "pixel_values":
@@ -87,19 +89,21 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     if isinstance(inputs.train, TextStream):
         training.ignore_data_skip = True  # the stream goes on by itself from where it was
         _do_not_group(training)
-    trainer = DistillationTrainer(
-        teacher=teacher,
-        student=student,
-        criterion=criterion,
-        args=training,
-        teacher_layer=model.teacher_layer,
-        output_weight=objective.output_weight,
-        output_temperature=objective.output_temperature,
-        train_dataset=inputs.train,
-        eval_dataset=inputs.heldout,
-        processing_class=processor,
-        data_collator=inputs.collator,
-    )
+    with tried("cannot build the trainer", leave=(ValueError,)):
+        trainer = DistillationTrainer(
+            teacher=teacher,
+            student=student,
+            criterion=criterion,
+            args=training,
+            teacher_layer=model.teacher_layer,
+            output_weight=objective.output_weight,
+            output_temperature=objective.output_temperature,
+            greater_is_better=bool(training.greater_is_better),
+            train_dataset=inputs.train,
+            eval_dataset=inputs.heldout,
+            processing_class=processor,
+            data_collator=inputs.collator,
+        )
     metrics = {
         "objective": objective.objective,
         "relations": criterion.relations,
@@ -125,6 +129,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     trainer.run_identity = identity
     if checkpoint:
         trainer.load_rank_state(checkpoint)  # here, where what does not fit is told before any work
+    try_out(trainer)
     return Run(trainer, checkpoint, metrics)
 
 
@@ -180,11 +185,19 @@ def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
         return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
 
 
-def _check_a_batch(training: TrainingArguments, train: Any) -> None:
+def _check_a_batch(training: TrainingArguments, train: Any, heldout: Any) -> None:
     """Raises `ValueError` where all sequences together are dropped as an incomplete batch."""
+    if not training.dataloader_drop_last:
+        return
     batch = training.train_batch_size * training.world_size
-    if training.dataloader_drop_last and not isinstance(train, TextStream) and len(train) < batch:
+    if not isinstance(train, TextStream) and len(train) < batch:
         raise ValueError(f"dataloader_drop_last drops all {len(train)} sequences: they make no batch of {batch}")
+    batch = training.eval_batch_size * training.world_size
+    if len(heldout) < batch:
+        raise ValueError(
+            f"dataloader_drop_last drops all {len(heldout)} held-out sequences: they make no batch of {batch}; leave "
+            "it out or lower --per_device_eval_batch_size"
+        )
 
 
 def _do_not_group(training: TrainingArguments) -> None:
