@@ -2,11 +2,11 @@
 
 import difflib
 import json
-import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -292,11 +292,12 @@ def _no_json(name: str, value: str) -> str | None:
     if not value.startswith("{"):
         if name not in JSON_FILES:
             return f"--{name} is {value!r}: it must be JSON, as in '{{\"name\": 1}}'"
-        return None if os.path.isfile(value) else f"--{name} is {value!r}: there is no such file"
+        if not Path(value).is_file():
+            return f"--{name} is {value!r}: there is no such file"
     try:
-        json.loads(value)
-    except ValueError as error:
-        return f"--{name} is {value!r}, which is no JSON: {error}"
+        json.loads(value if value.startswith("{") else Path(value).read_bytes())
+    except (ValueError, OSError) as error:
+        return f"--{name} is {value!r}, which cannot be read as JSON: {error}"
     return None
 
 

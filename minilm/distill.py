@@ -30,7 +30,7 @@ from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, probe_inputs
 from minilm.teachers import auto_class, load_teacher, quiet
 from minilm.trainer import DistillationTrainer, check_arguments
-from minilm.trial import try_out
+from minilm.trial import no_folder_left, try_out
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
 
@@ -66,12 +66,14 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     with_output = objective.output_weight > 0
     teacher, processor = load_teacher(model.teacher or str(teacher_folder()), head=with_output)
-    student, criterion = _student_and_objective(arguments, teacher)
+    with tried("cannot build the student", leave=(ValueError,)):
+        student, criterion = _student_and_objective(arguments, teacher)
     identity = _identity(arguments, criterion, teacher, student)
     if checkpoint:
         check_same_run(checkpoint, identity)
     if following is not None:
-        _student_and_objective(following, student)
+        with tried("cannot build the student", leave=(ValueError,)):
+            _student_and_objective(following, student)
     if arguments.data.packing:
         check_packable(teacher)
         check_packable(student)
@@ -89,21 +91,23 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     if isinstance(inputs.train, TextStream):
         training.ignore_data_skip = True  # the stream goes on by itself from where it was
         _do_not_group(training)
-    with tried("cannot build the trainer", leave=(ValueError,)):
-        trainer = DistillationTrainer(
-            teacher=teacher,
-            student=student,
-            criterion=criterion,
-            args=training,
-            teacher_layer=model.teacher_layer,
-            output_weight=objective.output_weight,
-            output_temperature=objective.output_temperature,
-            greater_is_better=bool(training.greater_is_better),
-            train_dataset=inputs.train,
-            eval_dataset=inputs.heldout,
-            processing_class=processor,
-            data_collator=inputs.collator,
-        )
+    with no_folder_left(output):
+        with tried("cannot build the trainer", leave=(ValueError,)):
+            trainer = DistillationTrainer(
+                teacher=teacher,
+                student=student,
+                criterion=criterion,
+                args=training,
+                teacher_layer=model.teacher_layer,
+                output_weight=objective.output_weight,
+                output_temperature=objective.output_temperature,
+                greater_is_better=bool(training.greater_is_better),
+                train_dataset=inputs.train,
+                eval_dataset=inputs.heldout,
+                processing_class=processor,
+                data_collator=inputs.collator,
+            )
+        try_out(trainer)
     metrics = {
         "objective": objective.objective,
         "relations": criterion.relations,
@@ -129,7 +133,6 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     trainer.run_identity = identity
     if checkpoint:
         trainer.load_rank_state(checkpoint)  # here, where what does not fit is told before any work
-    try_out(trainer)
     return Run(trainer, checkpoint, metrics)
 
 

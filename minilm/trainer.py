@@ -20,6 +20,7 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, TrainerState, TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -187,6 +188,7 @@ class DistillationTrainer(CheckpointingTrainer):
         args.logging_nan_inf_filter = False  # it would hide what ends the run, and waits for the device to do so
         model = DistillationModel(student, criterion, output_weight, output_temperature)
         super().__init__(model=model, args=args, **options)
+        _check_numbers(args)  # again: accelerator_config may have set some
         dtype = DTYPES[self.accelerator.mixed_precision]
         self.teacher: PreTrainedModel = teacher.to(device=args.device, dtype=dtype)  # type: ignore[call-arg]
         self.teacher.eval().requires_grad_(False)
@@ -488,10 +490,14 @@ def _lengths(dataset: Any) -> list[int]:
     return [len(ids) for ids in dataset.with_format(None)["input_ids"]]
 
 
-def check_arguments(args: TrainingArguments) -> None:
-    """Raises `ValueError` for training arguments that mean nothing here."""
+def _check_numbers(args: TrainingArguments) -> None:
     if fault := find_fault(vars(args), [type(args)]):
         raise ValueError(f"{fault.name} {fault.must}, got {fault.value}")
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raises `ValueError` for training arguments that mean nothing here."""
+    _check_numbers(args)
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process: start one process each (torchrun "
@@ -516,6 +522,11 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError("use_reentrant=True is not supported: reentrant checkpointing gives q, k and v no gradient")
     if not args.eval_do_concat_batches:
         raise ValueError("eval_do_concat_batches=False is not supported: losses are averaged over all batches")
+    if args.eval_strategy == "no" and (args.load_best_model_at_end or args.save_strategy == "best"):
+        wanted = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy='best'"
+        raise ValueError(f"{wanted} needs eval_strategy 'steps' or 'epoch': without evaluations there is no best")
+    if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
+        raise ValueError("debug='underflow_overflow' is not supported; a loss that is NaN or infinite ends the run")
     if args.label_names is not None:
         raise ValueError(f"label_names={args.label_names} means nothing here: there are no labels")
     if args.use_liger_kernel:

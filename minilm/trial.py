@@ -6,9 +6,11 @@ a backward, the optimiser, the schedule, the compiler. Weights, buffers, random 
 they were, so a run is bit by bit what it would have been.
 """
 
+import math
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,19 @@ def try_out(trainer: DistillationTrainer) -> None:
                 trainer.create_optimizer()
             with tried(f"cannot build the schedule of {_flags(args, 'lr_scheduler_type', 'lr_scheduler_kwargs')}"):
                 _build_schedule(trainer)
+
+
+@contextmanager
+def no_folder_left(output: Path) -> Iterator[None]:
+    """An error within takes the folder with it, and those above, which the Trainer made for it and nothing is in."""
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it is not there, or something is in it
+                folder.rmdir()
+        raise
 
 
 def _flags(args: Any, *names: str) -> str:
@@ -126,5 +141,10 @@ def _build_schedule(trainer: DistillationTrainer) -> None:
     """For an optimiser of nothing: a schedule sets the learning rate of the one that it is made for."""
     groups = [{"params": [torch.zeros(1)]} for _ in trainer.optimizer.param_groups]
     nothing = torch.optim.SGD(groups, lr=trainer.args.learning_rate)
-    trainer.create_scheduler(total_steps(trainer, trainer.args), optimizer=nothing)
+    steps = total_steps(trainer, trainer.args)
+    schedule = trainer.create_scheduler(steps, optimizer=nothing)
     trainer.lr_scheduler, trainer._created_lr_scheduler = None, False
+    for factor in getattr(schedule, "lr_lambdas", []):  # most are a function of the step, and some fail late
+        for step in (0, steps // 2, steps):
+            if not math.isfinite(factor(step)):
+                raise ValueError(f"the learning rate is {factor(step)} times its value at step {step}")

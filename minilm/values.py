@@ -20,7 +20,14 @@ POSITIVE = {
 BELOW_ONE = {"adam_beta1", "adam_beta2"}
 TEMPERATURES = {"relation_temperature", "output_temperature"}
 COLDEST, HOTTEST = 1e-6, 1e6  # scores divided by it, and its square, stay far inside float32
-LARGEST = {"seed": 2**32 - 1}  # numpy's
+LARGEST = {
+    "seed": 2**32 - 1,  # numpy's
+    "student_num_layers": 1000,  # what is more takes minutes to build, or all memory
+    "assistant_num_layers": 1000,
+    "per_device_train_batch_size": 2**20,  # what is more would run out of memory at the first evaluation, or later
+    "per_device_eval_batch_size": 2**20,
+    "dataloader_num_workers": 1024,  # processes, each with its own tokenizer
+}
 LARGEST_INTEGER = 2**63 - 1  # torch's
 
 
@@ -53,9 +60,8 @@ def _broken(field: Field[Any], number: float) -> str | None:
     name, negative = field.name, isinstance(field.default, int | float) and field.default < 0
     sign = "positive" if name in POSITIVE | TEMPERATURES else "" if negative else "not negative"
     below = {"positive": number <= 0, "not negative": number < 0, "": False}[sign]
-    if isinstance(number, float) and not abs(number) <= FLOAT32_MAX:
-        finite = "finite" if math.isnan(number) or math.isinf(number) else f"finite in float32, below {FLOAT32_MAX:.1e}"
-        return f"must be {finite}" + (f" and {sign}" if sign else "")
+    if not math.isfinite(number):
+        return f"must be finite{sign and f' and {sign}'}"
     if below:
         if isinstance(number, float):
             return f"must be finite and {sign}"
@@ -66,7 +72,7 @@ def _broken(field: Field[Any], number: float) -> str | None:
         return "must be below 1"
     if name in TEMPERATURES and not COLDEST <= number <= HOTTEST:
         return f"must lie between {COLDEST:g} and {HOTTEST:g}"
-    largest = LARGEST.get(name, LARGEST_INTEGER)
-    if isinstance(number, int) and number > largest:
-        return f"must be at most {largest}"
+    largest = LARGEST.get(name, FLOAT32_MAX if isinstance(number, float) else LARGEST_INTEGER)
+    if number > largest:
+        return f"must be at most {largest:.7g}" if isinstance(number, float) else f"must be at most {largest}"
     return None
