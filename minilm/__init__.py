@@ -1,21 +1,23 @@
 """Distil a Transformer into a small one by its self-attention relations (MiniLM v1 and v2).
 
-The loss is here at once; what needs transformers is imported when it is first named.
+Everything is imported when it is first named: `import minilm` costs nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minilm.loss import MiniLMLoss
-from minilm_kernels import fused_minilm_loss, relation_kl
-
 if TYPE_CHECKING:
     from minilm._capture import attention_qkv, capture
+    from minilm.loss import MiniLMLoss
     from minilm.students import build_student
     from minilm.trainer import DistillationModel, DistillationTrainer
+    from minilm_kernels import fused_minilm_loss, relation_kl
 
 # No name here may be a module's: importing the module would put it in the name's place.
 _HOMES = {
+    "MiniLMLoss": "minilm.loss",
+    "fused_minilm_loss": "minilm_kernels",
+    "relation_kl": "minilm_kernels",
     "attention_qkv": "minilm._capture",
     "capture": "minilm._capture",
     "build_student": "minilm.students",

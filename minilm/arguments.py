@@ -1,17 +1,20 @@
 """The flags of `minilm-train`: its own, and all of `transformers.TrainingArguments`."""
 
 import difflib
-import math
+import json
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from minilm import recipes
 from minilm.demo import OUTPUT_DIR
+from minilm.errors import reason
+from minilm.values import find_fault
 
 DESCRIPTION = """\
 Distil a Transformer into a small one by its self-attention relations (MiniLM).
@@ -30,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
     "logging_steps": 50,
-    "save_total_limit": 2,
+    "save_total_limit": 2,  # 0 keeps all
     **({"train_sampling_strategy": "group_by_length"} if _RENAMED else {"group_by_length": True}),
 }
 DEMO: dict[str, Any] = {
@@ -47,6 +50,10 @@ DEMO: dict[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 1,
 }
+
+# Not given, or this one: which cannot be.
+MODES = {"do_train": False, "do_eval": False, "do_predict": True}
+JSON_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # may also be the name of a file
 
 
 def _about(help: str, metavar: str | None = None) -> dict[str, str]:
@@ -202,6 +209,11 @@ class TrainerArguments(TrainingArguments):
 
     _argument_group_name = "training (transformers.TrainingArguments)"
 
+    def __post_init__(self) -> None:
+        # Every metric is a loss here, whether its name ends in "loss" or not.
+        self.greater_is_better = bool(self.greater_is_better)
+        super().__post_init__()
+
 
 @dataclass
 class Arguments:
@@ -233,10 +245,14 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         argv = recipes.expand(argv)
     except ValueError as error:
         parser.error(str(error))
-    given, _ = parser.parse_known_args(argv)
+    if broken := next((argument for argument in argv if not _is_unicode(argument)), None):
+        parser.error(f"the argument {broken!r} is no text in {sys.getfilesystemencoding()}: rename what it names")
+    given, _ = parser.parse_known_args(argv, Namespace(**dict.fromkeys(MODES)))
     if given.list_recipes:
         print(recipes.listing())
         parser.exit()
+    if problem := _meaningless(given, parser, groups):
+        parser.error(problem)
     demo = given.teacher is None and given.data is None
     if demo:
         parser.set_defaults(**DEMO)
@@ -244,14 +260,53 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, OSError) as error:  # of TrainingArguments, which check themselves
-        parser.error(str(error))
+    except Exception as error:  # of TrainingArguments, which check themselves and build what some flags ask for
+        parser.error(reason(error))
     if unknown:
         parser.error(_unknown(unknown, parser))
     if problem := _of_data_alone(given) if demo else _missing(given):
         parser.error(problem)
     model, data, objective, run, training = parsed
     return Arguments(model, data, objective, run, training, demo)
+
+
+def _meaningless(given: Namespace, parser: HfArgumentParser, groups: Sequence[type]) -> str | None:
+    """What no flag takes: nothing, a number out of its range, a mode that there is not, something that is no JSON."""
+    for name, value in vars(given).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.strip() and value != parser.get_default(name):
+                return f"--{name} is empty: give it a value, or leave it out"
+    if fault := find_fault(vars(given), groups):
+        return f"--{fault.name} is {fault.value}: it {fault.must}"
+    for name, wrong in MODES.items():
+        if getattr(given, name) is wrong:
+            return f"--{name} {str(wrong).lower()} cannot be had: minilm-train trains and evaluates, and nothing else"
+    for name in TrainingArguments._VALID_DICT_FIELDS:
+        if isinstance(value := getattr(given, name), str) and (problem := _no_json(name, value)):
+            return problem
+    return None
+
+
+def _no_json(name: str, value: str) -> str | None:
+    """Of a flag that takes JSON, and some also a file of it: transformers would not name it."""
+    if not value.startswith("{"):
+        if name not in JSON_FILES:
+            return f"--{name} is {value!r}: it must be JSON, as in '{{\"name\": 1}}'"
+        if not Path(value).is_file():
+            return f"--{name} is {value!r}: there is no such file"
+    try:
+        json.loads(value if value.startswith("{") else Path(value).read_bytes())
+    except (ValueError, OSError) as error:
+        return f"--{name} is {value!r}, which cannot be read as JSON: {error}"
+    return None
+
+
+def _is_unicode(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _of_data_alone(given: Any) -> str | None:
@@ -277,11 +332,6 @@ def _missing(given: Any) -> str | None:
         return f"--streaming needs --max_steps, which is {given.max_steps}: a stream has no end"
     if given.data_weights is not None and len(given.data_weights) != len(given.data):
         return f"--data_weights has {len(given.data_weights)} numbers for {len(given.data)} --data"
-    if not 0 <= given.output_weight < math.inf:
-        return f"--output_weight is {given.output_weight}: it must be finite and not negative"
-    for name in ("output_temperature", "relation_temperature"):
-        if not 0 < getattr(given, name) < math.inf:
-            return f"--{name} is {getattr(given, name)}: it must be finite and positive"
     return None
 
 

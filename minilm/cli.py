@@ -1,9 +1,12 @@
 """`minilm-train`: distil a Transformer with one command; with no teacher and no data, the embedded demonstration."""
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+
+from minilm.terminal import Terminated, patient_streams, sigterm_raises
 
 NEEDED = ("transformers", "datasets", "accelerate", "matplotlib")
 CONTINUE = "--resume_from_checkpoint auto continues from the last checkpoint"
@@ -13,8 +16,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's) and returns its exit code.
 
     0: done. 1: it cannot be done here (a package that is not installed, an output folder with another run, a full
-    disk). 2: a wrong flag or value. 130 and 143: stopped by Ctrl-C or SIGTERM. Each but the first says why in one line.
+    disk, a loss that is no number any more). 2: a wrong flag or value. 130 and 143: stopped by Ctrl-C or SIGTERM. Each
+    but the first says why in one line. What cannot be printed, because nobody reads any more, is no error.
     """
+    with patient_streams():
+        try:
+            with sigterm_raises():
+                return _run(argv)
+        except KeyboardInterrupt:
+            return _fail(f"interrupted; {CONTINUE}, if there is one", 128 + signal.SIGINT)
+        except Terminated:
+            return _fail(f"stopped by SIGTERM; {CONTINUE}, if there is one", 128 + signal.SIGTERM)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} not installed: pip install 'fused-minilm[train]'", 1)
@@ -22,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minilm.arguments import parse
     from minilm.checkpoints import CheckpointError
     from minilm.distill import dry_run, prepare, train
+    from minilm.finite import NonFiniteError
     from minilm.report import overview
     from minilm.stages import stages
 
@@ -42,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if main_process:
                 print(overview(run.metrics), flush=True)
             report = train(run)
-            if signal := run.trainer.stopped_by:
-                return _fail(f"stopped by {signal.name} after a checkpoint was saved; {CONTINUE}", 128 + signal)
+            if stopped := run.trainer.stopped_by:
+                return _fail(f"stopped by {stopped.name} after a checkpoint was saved; {CONTINUE}", 128 + stopped)
             if report:
                 print(f"\n{report}")
             if following:
@@ -52,10 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.trainer.end()
     except _RefusedError as error:
         return _fail(str(error), error.code)
-    except CheckpointError as error:
+    except (CheckpointError, NonFiniteError) as error:
         return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted; {CONTINUE}, if there is one", 130)
     return 0
 
 

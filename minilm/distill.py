@@ -20,6 +20,7 @@ from minilm.arguments import Arguments
 from minilm.batches import check_packable
 from minilm.demo import TEACHER_NAME, teacher_folder
 from minilm.embeddings import MEAN, SentenceFiles, sentence_files
+from minilm.errors import tried
 from minilm.inputs import load_inputs
 from minilm.loss import MiniLMLoss
 from minilm.objectives import build_objective, is_causal, parse_relations
@@ -32,6 +33,7 @@ from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, ends_as_teacher, probe_inputs
 from minilm.teachers import auto_class, load_teacher, quiet
 from minilm.trainer import DistillationTrainer, check_arguments
+from minilm.trial import no_folder_left, try_out
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
 
@@ -70,12 +72,14 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     name = model.teacher or str(teacher_folder())
     teacher, processor = load_teacher(name, head=with_output)
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
-    student, criterion = _student_and_objective(arguments, teacher)
+    with tried("cannot build the student", leave=(ValueError,)):
+        student, criterion = _student_and_objective(arguments, teacher)
     identity = _identity(arguments, criterion, teacher, student)
     if checkpoint:
         check_same_run(checkpoint, identity)
     if following is not None:
-        _student_and_objective(following, student)
+        with tried("cannot build the student", leave=(ValueError,)):
+            _student_and_objective(following, student)
     if arguments.data.packing:
         check_packable(teacher)
         check_packable(student)
@@ -84,7 +88,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, teacher, processor)
 
-    _check_a_batch(training, inputs.train)
+    _check_a_batch(training, inputs.train, inputs.heldout)
     training.eval_on_start = True  # the untrained student's losses, for the report
     training.dataloader_pin_memory &= training.device.type != "cpu"  # where it does nothing but warn
     if teacher.main_input_name == "pixel_values":
@@ -93,19 +97,23 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     if isinstance(inputs.train, TextStream):
         training.ignore_data_skip = True  # the stream goes on by itself from where it was
         _do_not_group(training)
-    trainer = DistillationTrainer(
-        teacher=teacher,
-        student=student,
-        criterion=criterion,
-        args=training,
-        teacher_layer=model.teacher_layer,
-        output_weight=objective.output_weight,
-        output_temperature=objective.output_temperature,
-        train_dataset=inputs.train,
-        eval_dataset=inputs.heldout,
-        processing_class=processor,
-        data_collator=inputs.collator,
-    )
+    with no_folder_left(output):
+        with tried("cannot build the trainer", leave=(ValueError,)):
+            trainer = DistillationTrainer(
+                teacher=teacher,
+                student=student,
+                criterion=criterion,
+                args=training,
+                teacher_layer=model.teacher_layer,
+                output_weight=objective.output_weight,
+                output_temperature=objective.output_temperature,
+                greater_is_better=bool(training.greater_is_better),
+                train_dataset=inputs.train,
+                eval_dataset=inputs.heldout,
+                processing_class=processor,
+                data_collator=inputs.collator,
+            )
+        try_out(trainer)
     metrics = {
         "objective": objective.objective,
         "relations": criterion.relations,
@@ -203,11 +211,19 @@ def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
         return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
 
 
-def _check_a_batch(training: TrainingArguments, train: Any) -> None:
+def _check_a_batch(training: TrainingArguments, train: Any, heldout: Any) -> None:
     """Raises `ValueError` where all sequences together are dropped as an incomplete batch."""
+    if not training.dataloader_drop_last:
+        return
     batch = training.train_batch_size * training.world_size
-    if training.dataloader_drop_last and not isinstance(train, TextStream) and len(train) < batch:
+    if not isinstance(train, TextStream) and len(train) < batch:
         raise ValueError(f"dataloader_drop_last drops all {len(train)} sequences: they make no batch of {batch}")
+    batch = training.eval_batch_size * training.world_size
+    if len(heldout) < batch:
+        raise ValueError(
+            f"dataloader_drop_last drops all {len(heldout)} held-out sequences: they make no batch of {batch}; leave "
+            "it out or lower --per_device_eval_batch_size"
+        )
 
 
 def _do_not_group(training: TrainingArguments) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from minilm.loss import MiniLMLoss
+from minilm.values import FLOAT32_MAX
 
 QKV = tuple[Tensor, Tensor, Tensor]
 RELATIONS = {"minilm": ("qk", "vv"), "minilm-v2": ("qq", "kk", "vv")}
@@ -57,13 +58,15 @@ def parse_relations(text: str) -> dict[str, float]:
     """
     weights: dict[str, float] = {}
     for item in text.split(","):
-        relation, _, weight = item.strip().partition(":")
+        relation, colon, weight = item.strip().partition(":")
         if relation in weights:
             raise ValueError(f"relation {relation!r} stands twice in {text!r}")
         try:
-            weights[relation] = float(weight or 1)
+            weights[relation] = float(weight) if colon else 1.0
         except ValueError:
             raise ValueError(f"the weight {weight!r} of relation {relation!r} in {text!r} is no number") from None
+        if math.isfinite(weights[relation]) and weights[relation] > FLOAT32_MAX:
+            raise ValueError(f"the weight {weight} of relation {relation!r} must be at most {FLOAT32_MAX:.7g}")
     return weights
 
 

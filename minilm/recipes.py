@@ -49,7 +49,9 @@ def _flags(name: str) -> list[str]:
         raise ValueError(f"there is no recipe or file {name!r}; the recipes: {', '.join(names())}")
     try:
         flags = shlex.split(file.read_text(encoding="utf-8"), comments=True)
-    except ValueError as error:  # a quotation without an end
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the recipe {name!r}: it is no text in UTF-8") from error
+    except (ValueError, OSError) as error:  # a quotation without an end; a file that may not be read
         raise ValueError(f"cannot read the recipe {name!r}: {error}") from error
     if any(flag.partition("=")[0] == "--recipe" for flag in flags):
         raise ValueError(f"the recipe {name!r} names another one with --recipe: write its flags out")

@@ -35,7 +35,7 @@ def rehearse(trainer: CheckpointingTrainer, training: TrainingArguments) -> str:
     trainer.train()
     if trainer.stopped_by is not None:
         raise KeyboardInterrupt
-    (_, *later), steps = times.seconds, _total_steps(trainer, training)
+    (_, *later), steps = times.seconds, total_steps(trainer, training)
     step = sum(later) / len(later)
     return "\n".join(
         [
@@ -65,7 +65,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _total_steps(trainer: Trainer, training: TrainingArguments) -> int:
+def total_steps(trainer: Trainer, training: TrainingArguments) -> int:
+    """Optimiser steps of the whole training."""
     if training.max_steps > 0:
         return training.max_steps
     sequences = training.train_batch_size * training.gradient_accumulation_steps * training.world_size

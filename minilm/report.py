@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from minilm.agreement import FEWEST_TEXTS
+from minilm.finite import without_nan
 
 Metrics = dict[str, Any]
 History = list[dict[str, Any]]  # of Trainer.state.log_history: rows of losses, each with its step
@@ -30,7 +31,7 @@ def write_report(folder: Path, metrics: Metrics, history: History) -> str:
     (folder / "report.md").write_text(report, encoding="utf-8")
     (folder / "README.md").write_text(model_card(folder, metrics), encoding="utf-8")
     aside = folder / (METRICS + ".part")
-    aside.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(without_nan(metrics), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(aside, folder / METRICS)
     return report
 

@@ -7,8 +7,11 @@ average the gradients of W ranks, so each share is multiplied by W.
 """
 
 import inspect
+import math
 import os
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, TrainerState, TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -34,13 +38,17 @@ from minilm.batches import (
 )
 from minilm.checkpoints import CheckpointingTrainer
 from minilm.clock import LossClock, StepClock
+from minilm.finite import FiniteWatch, NonFiniteError, all_finite
 from minilm.loss import MiniLMLoss
 from minilm.outputs import Output, forward_with_output, has_vocabulary_head, output_loss
 from minilm.progress import DistillationProgress
+from minilm.runs import newest_intact
 from minilm.sampling import EpochSampler
 from minilm.streams import TextStream
 from minilm.students import freeze_unused
+from minilm.values import find_fault
 
+LOSS, GRADIENTS, WEIGHTS = "loss", "gradients", "weights"  # what is watched beside the parts
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -133,6 +141,8 @@ class DistillationTrainer(CheckpointingTrainer):
         output_weight, output_temperature: as in `DistillationModel`; both models must come with their heads.
         options: those of `transformers.Trainer`: train_dataset (also a `TextStream`), eval_dataset, processing_class,
             data_collator, ...
+        greater_is_better: of `metric_for_best_model`, where that is one of these losses. It counts instead of the
+            arguments' own, whose default takes every name that does not end in "loss" for better when higher.
 
     Logged in training beside the Trainer's own: each relation, "output", "tokens_per_second" (of images
     "images_per_second") over all processes, and, but for compiled models, "loss_share", the part of a step's time that
@@ -140,9 +150,13 @@ class DistillationTrainer(CheckpointingTrainer):
     over the tokens or examples, and "eval_loss", their weighted sum. What is saved is the student alone, as
     `AutoModel.from_pretrained` loads it.
 
+    A loss, a gradient norm (but for fp16, whose scaler passes over such steps) or a weight that is NaN or infinite ends
+    the run before anything of it is saved; see `minilm.finite` for when it is looked at.
+
     Raises:
         ValueError: a teacher layer that does not exist; training arguments that mean nothing here; several GPUs in one
-            process (DataParallel).
+            process (DataParallel); a `metric_for_best_model` that no evaluation gives.
+        NonFiniteError (from `train` and `evaluate`): on all ranks, names the step and what was not finite.
     """
 
     def __init__(
@@ -155,6 +169,7 @@ class DistillationTrainer(CheckpointingTrainer):
         teacher_layer: int = -1,
         output_weight: float = 0.0,
         output_temperature: float = 1.0,
+        greater_is_better: bool = False,
         **options: Any,
     ) -> None:
         check_arguments(args)
@@ -168,9 +183,12 @@ class DistillationTrainer(CheckpointingTrainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter that is not frozen gets a gradient
         freeze_unused(student, criterion.relations, output=bool(output_weight))
-        options.setdefault("compute_metrics", self._means)
+        if options.setdefault("compute_metrics", self._means) == self._means:
+            self._check_metric(args, options.get("eval_dataset"), greater_is_better)
+        args.logging_nan_inf_filter = False  # it would hide what ends the run, and waits for the device to do so
         model = DistillationModel(student, criterion, output_weight, output_temperature)
         super().__init__(model=model, args=args, **options)
+        _check_numbers(args)  # again: accelerator_config may have set some
         dtype = DTYPES[self.accelerator.mixed_precision]
         self.teacher: PreTrainedModel = teacher.to(device=args.device, dtype=dtype)  # type: ignore[call-arg]
         self.teacher.eval().requires_grad_(False)
@@ -182,6 +200,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress)
+        self._watch = self._new_watch()
         self._sums: dict[str, Tensor] = {}  # of each part, and of the tokens, since the last log
         self._sums_from = 0
         self._stream_states: dict[int, dict[str, Any]] = {}  # by reader, after the last batch taken from it
@@ -206,7 +225,72 @@ class DistillationTrainer(CheckpointingTrainer):
                 else:
                     self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._watch, self._sums = self._new_watch(), {}
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except NonFiniteError:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the bars
+            self.is_in_train = False
+            raise
+
+    def _new_watch(self) -> FiniteWatch:
+        return FiniteWatch([*self.parts, LOSS, GRADIENTS, WEIGHTS], self.args.device)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **options: Any
+    ) -> None:
+        if self._sums:  # the end of an epoch calls this a second time
+            values = {part: self._sums[part] for part in self.parts if part in self._sums} | {LOSS: tr_loss}
+            if grad_norm is not None and self.accelerator.scaler is None:
+                values[GRADIENTS] = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+            self._watch.note(self.state.global_step, values)
+        due = self.control
+        if due.should_training_stop:
+            self._stop_if_not_finite(with_weights=True)
+        elif due.should_log or due.should_evaluate or due.should_save or self.args.device.type == "cpu":
+            self._stop_if_not_finite()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._stop_if_not_finite(with_weights=True)
+        super()._save_checkpoint(model, trial)
+
+    def _stop_if_not_finite(self, *, with_weights: bool = False) -> None:
+        if with_weights:
+            trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            self._watch.note(self.state.global_step, {WEIGHTS: all_finite(trained)})
+        if found := self._watch.first(self.accelerator.gather):
+            step, terms = found
+            raise NonFiniteError(f"{_named(terms, self.parts)} NaN or infinite at step {step}{self._what_is_left()}")
+
+    def _what_is_left(self) -> str:
+        intact, _ = newest_intact(Path(str(self.args.output_dir)))
+        left = f"the newest intact checkpoint is {intact}" if intact else "there is no checkpoint"
+        return f" (learning_rate is {self.args.learning_rate:g}): the run has ended there, and {left}"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's; raises `NonFiniteError` where a loss is not finite, after it was logged."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+        bad = [part for part in (*self.parts, LOSS) if not math.isfinite(metrics.get(f"{prefix}_{part}", 0))]
+        if bad:
+            step = self.state.global_step
+            raise NonFiniteError(
+                f"held-out: {_named(bad, self.parts)} NaN or infinite at step {step}{self._what_is_left()}"
+            )
+        return metrics
+
+    def _check_metric(self, args: TrainingArguments, heldout: Any, greater_is_better: bool) -> None:
+        """Whether the evaluation gives the metric by which checkpoints are compared, and which of two is better."""
+        if args.metric_for_best_model is None:
+            return
+        sets = [f"{name}_" for name in heldout] if isinstance(heldout, dict) else [""]
+        losses = [f"{name}{part}" for name in sets for part in (LOSS, *self.parts)]
+        if args.metric_for_best_model.removeprefix("eval_") not in losses:
+            raise ValueError(
+                f"metric_for_best_model is {args.metric_for_best_model!r}: it must be one of {', '.join(losses)}"
+            )
+        args.greater_is_better = greater_is_better
 
     def end(self) -> None:
         """Closes trackers and the process group, on all ranks at once; nothing can be trained afterwards."""
@@ -392,13 +476,28 @@ class DistillationTrainer(CheckpointingTrainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
+def _named(terms: list[str], parts: list[str]) -> str:
+    """The terms with their verb: the losses, or where these are finite what came of them."""
+    losses = [term for term in terms if term in parts]
+    if losses or LOSS in terms:
+        return f"the loss ({', '.join(losses)}) is" if losses else "the loss is"
+    return "the norm of the gradients is" if GRADIENTS in terms else "weights of the student are"
+
+
+@lru_cache(maxsize=1)  # the trial before training asks too
 def _lengths(dataset: Any) -> list[int]:
     """Tokens of every row, read from the table without decoding rows one by one."""
     return [len(ids) for ids in dataset.with_format(None)["input_ids"]]
 
 
+def _check_numbers(args: TrainingArguments) -> None:
+    if fault := find_fault(vars(args), [type(args)]):
+        raise ValueError(f"{fault.name} {fault.must}, got {fault.value}")
+
+
 def check_arguments(args: TrainingArguments) -> None:
     """Raises `ValueError` for training arguments that mean nothing here."""
+    _check_numbers(args)
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process: start one process each (torchrun "
@@ -423,8 +522,15 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError("use_reentrant=True is not supported: reentrant checkpointing gives q, k and v no gradient")
     if not args.eval_do_concat_batches:
         raise ValueError("eval_do_concat_batches=False is not supported: losses are averaged over all batches")
-    if args.data_seed is not None and args.data_seed < 0:
-        raise ValueError(f"data_seed must not be negative, got {args.data_seed}")
+    if args.eval_strategy == "no" and (args.load_best_model_at_end or args.save_strategy == "best"):
+        wanted = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy='best'"
+        raise ValueError(f"{wanted} needs eval_strategy 'steps' or 'epoch': without evaluations there is no best")
+    if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
+        raise ValueError("debug='underflow_overflow' is not supported; a loss that is NaN or infinite ends the run")
+    if args.label_names is not None:
+        raise ValueError(f"label_names={args.label_names} means nothing here: there are no labels")
+    if args.use_liger_kernel:
+        raise ValueError("use_liger_kernel=True is not supported: it changes models that stand alone, not the student")
     for reporter in get_reporting_integration_callbacks(args.report_to):  # type: ignore[no-untyped-call]
         try:
             reporter()

@@ -1,0 +1,83 @@
+"""The terminal and the shell around a run: streams that nobody reads, characters that they lack, SIGTERM."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
+from typing import Any, TextIO, cast
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the main thread is."""
+
+
+@contextmanager
+def patient_streams() -> Iterator[None]:
+    """While entered, writing to stdout and stderr raises nothing.
+
+    After `minilm-train | head -1`, or with the log's disk full, a run goes on and what it would print is lost. A
+    character that the stream's encoding lacks is written as an escape.
+    """
+    with redirect_stdout(_patient(sys.stdout)), redirect_stderr(_patient(sys.stderr)):
+        yield
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """While entered, in the main thread, SIGTERM raises `Terminated` instead of ending the process without a word."""
+    process = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a process that was forked: its owner ends it so
+        signal.raise_signal(number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _patient(stream: TextIO | None) -> TextIO | None:
+    if stream is None:  # closed by the shell, as in `minilm-train >&-`
+        return None
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return cast(TextIO, _Patient(stream))
+
+
+class _Patient:
+    """The stream, until it cannot be written to; then nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """What the stream still holds goes there too: the interpreter writes it out when it ends."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
