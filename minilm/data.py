@@ -18,6 +18,8 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from minilm.fingerprints import fingerprint_files
+
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 _SPLIT = re.compile(r"(train|training|valid|validation|val|dev|test|testing|eval|evaluation)(-\d+-of-\d+)?")
 HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
@@ -154,6 +156,18 @@ def load_files(source: str, files: Sequence[Path], **options: Any) -> Any:
     """The rows of files of one kind; errors as `load_train_split`."""
     names = [glob.escape(str(path)) for path in files]  # datasets takes names for patterns
     return load_train_split(source, BUILDERS[files[0].suffix], data_files=names, **options)
+
+
+def fingerprint_source(source: str, config: str | None) -> str:
+    """What stands at a source, by its content; of a data set on the hub its revision. Errors as `load_texts`."""
+    path = Path(source)
+    if path.is_file():
+        return fingerprint_files([path])
+    if path.is_dir():
+        kinds = _kinds_in(path)
+        # Of images all that is there.
+        return fingerprint_files(training_files(path, kinds[0]) if len(kinds) == 1 else _visible(path, ""))
+    return str(datasets.load_dataset_builder(source, name=config).hash)
 
 
 def is_plain_text(source: str) -> bool:

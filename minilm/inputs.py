@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from minilm.arguments import Arguments, DataArguments
-from minilm.data import load_splits, split_heldout, tokenize
+from minilm.data import fingerprint_source, load_splits, split_heldout, tokenize
 from minilm.demo import docstrings
+from minilm.fingerprints import fingerprint_texts
 from minilm.images import load_images, stack_images
 from minilm.packing import PackingCollator, pack
 from minilm.streams import TextStream
@@ -27,12 +28,16 @@ Collator = Callable[[list[dict[str, Any]]], Any]
 
 @dataclass
 class Inputs:
-    """Data sets with their collator, and what a report says of them."""
+    """Data sets with their collator, and what a report says of them.
+
+    `fingerprint` tells the data by their content: the same wherever they lie, another where they changed.
+    """
 
     train: datasets.Dataset | TextStream
     heldout: datasets.Dataset
     collator: Collator
     description: dict[str, Any]
+    fingerprint: str
 
 
 def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Processor) -> Inputs:
@@ -61,7 +66,16 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         "max_length": max_length,
         "packed": packing,
     }
-    return Inputs(train, heldout, collator, description)
+    return Inputs(train, heldout, collator, description, _fingerprint(arguments))
+
+
+def _fingerprint(arguments: Arguments) -> str:
+    data = arguments.data
+    if arguments.demo:
+        return fingerprint_texts(docstrings())
+    assert data.data is not None
+    parts = [fingerprint_source(source, data.data_config) for source in data.data]
+    return parts[0] if len(parts) == 1 else fingerprint_texts(parts)
 
 
 def _texts(

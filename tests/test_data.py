@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from tiny_text import tiny_tokenizer
 
-from minilm.data import load_splits, load_texts, split_heldout, tokenize
+from minilm.data import fingerprint_source, load_splits, load_texts, split_heldout, tokenize
 
 
 @pytest.fixture(autouse=True)
@@ -227,3 +227,17 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     for weight in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=rf"the weight of '.*1\.txt' must be a positive number, not {weight}"):
             splits(sources, weights=[1, weight])
+
+
+def test_a_sources_fingerprint_goes_with_its_content_alone(tmp_path: Path) -> None:
+    here, there = (
+        write_lines(tmp_path / "a" / "x.txt", "one", "two"),
+        write_lines(tmp_path / "b" / "y.txt", "one", "two"),
+    )
+    assert fingerprint_source(str(here), None) == fingerprint_source(str(there), None)
+    assert fingerprint_source(str(here.parent), None) == fingerprint_source(str(there), None)
+    before = fingerprint_source(str(here), None)
+    write_lines(here, "one", "too")
+    assert fingerprint_source(str(here), None) != before
+    write_lines(there.parent / "z.txt", "three")
+    assert fingerprint_source(str(there.parent), None) != before
