@@ -7,12 +7,16 @@
 import math
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from minilm.loss import MiniLMLoss
+from minilm.probes import base_of, last_hidden_state, random_tokens, reason
 
 QKV = tuple[Tensor, Tensor, Tensor]
 RELATIONS = {"minilm": ("qk", "vv"), "minilm-v2": ("qq", "kk", "vv")}
+_MOVED = 1e-5  # of a token's norm; what cannot be seen stays to the bit, but for experts whose batches differ
 
 
 def build_objective(
@@ -67,9 +71,38 @@ def parse_relations(text: str) -> dict[str, float]:
     return weights
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether the model's self-attention looks only back, as its attention modules say; its relations then do too."""
-    return any(getattr(module, "is_causal", False) for module in model.modules())
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether no token of the model sees one behind it; the model's relations are then causal too.
+
+    Tried, not read from flags: one of eight random tokens is changed, the second or the last but one, and the model is
+    causal if what it makes of the tokens before stays. Models of images and sound are not causal.
+
+    Raises:
+        ValueError: a model that looks ahead from some tokens only, or does not run on tokens alone.
+    """
+    base, name = base_of(model), type(model).__name__
+    if base.main_input_name != "input_ids":
+        return False
+    tokens = random_tokens(base, 9)
+    original, another = tokens[None, :8], tokens[8]
+    ahead = []
+    try:
+        expected = last_hidden_state(base, {"input_ids": original, "attention_mask": torch.ones_like(original)})
+        for position in (1, 6):
+            changed = original.clone()
+            changed[0, position] = another
+            hidden = last_hidden_state(base, {"input_ids": changed, "attention_mask": torch.ones_like(changed)})
+            before, after = expected[0, :position].float(), hidden[0, :position].float()
+            moved = (before - after).norm(dim=-1) > _MOVED * before.norm(dim=-1)
+            ahead.append(bool(moved.any()))
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"{name} does not run on a few random tokens alone ({reason(error)})") from error
+    if ahead[0] != ahead[1]:
+        raise ValueError(
+            f"{name} looks ahead from {'early' if ahead[0] else 'late'} tokens only: its relations would be neither "
+            "causal nor free, and such masks are supported through prefix_lengths alone"
+        )
+    return not ahead[0]
 
 
 def _default_relation_heads(teacher_qkv: QKV, student_qkv: QKV) -> int:
