@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minilm.loss import MiniLMLoss
-from minilm.probes import base_of, last_hidden_state, random_tokens, reason
+from minilm.probes import base_of, moved_tokens, random_tokens, reason
 
 QKV = tuple[Tensor, Tensor, Tensor]
 RELATIONS = {"minilm": ("qk", "vv"), "minilm-v2": ("qq", "kk", "vv")}
-_MOVED = 1e-5  # of a token's norm; what cannot be seen stays to the bit, but for experts whose batches differ
 
 
 def build_objective(
@@ -84,17 +83,9 @@ def is_causal(model: PreTrainedModel) -> bool:
     if base.main_input_name != "input_ids":
         return False
     tokens = random_tokens(base, 9)
-    original, another = tokens[None, :8], tokens[8]
-    ahead = []
+    inputs = {"input_ids": tokens[None, :8], "attention_mask": torch.ones_like(tokens[None, :8])}
     try:
-        expected = last_hidden_state(base, {"input_ids": original, "attention_mask": torch.ones_like(original)})
-        for position in (1, 6):
-            changed = original.clone()
-            changed[0, position] = another
-            hidden = last_hidden_state(base, {"input_ids": changed, "attention_mask": torch.ones_like(changed)})
-            before, after = expected[0, :position].float(), hidden[0, :position].float()
-            moved = (before - after).norm(dim=-1) > _MOVED * before.norm(dim=-1)
-            ahead.append(bool(moved.any()))
+        ahead = [bool(moved_tokens(base, inputs, at, tokens[8])[:at].any()) for at in (1, 6)]
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"{name} does not run on a few random tokens alone ({reason(error)})") from error
     if ahead[0] != ahead[1]:

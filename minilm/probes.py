@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from minilm._capture import QKV, capture
 
+_MOVED = 1e-5  # of a token's norm; what cannot be seen stays to the bit, but for experts whose batches differ
+
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model without a head: `model.base_model`, where that is a model (DINOv3's is the stack of layers inside)."""
@@ -66,6 +68,16 @@ def last_hidden_state(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tens
     with evaluating(base):
         hidden: Tensor = base(**inputs, **({"use_cache": False} if takes_cache else {}))[0]
     return hidden
+
+
+def moved_tokens(model: PreTrainedModel, inputs: Mapping[str, Any], position: int, token: Tensor) -> Tensor:
+    """(N,) bool: of which tokens the output changes when `token` takes the place of the one at `position`; B is 1."""
+    changed = inputs["input_ids"].clone()
+    changed[0, position] = token
+    before, after = (
+        last_hidden_state(model, {**inputs, "input_ids": ids})[0].float() for ids in (inputs["input_ids"], changed)
+    )
+    return (after - before).norm(dim=-1) > _MOVED * before.norm(dim=-1)
 
 
 def captured_and_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[QKV, Tensor]:

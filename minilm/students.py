@@ -150,8 +150,8 @@ def _check_layers_below(student: PreTrainedModel, trainable: Iterable[str], unus
             of_layer = [name for name in names if name.startswith(f"{path}.{index}.")]
             if of_layer and unused.issuperset(of_layer):
                 raise ValueError(
-                    f"the relations of layer {layers_of(student)} of {type(student).__name__} reach nothing in its layer "
-                    f"{index + 1} ({path}.{index}): is the gradient cut between them, or does the layer not run?"
+                    f"the relations of layer {layers_of(student)} of {type(student).__name__} reach nothing in its "
+                    f"layer {index + 1} ({path}.{index}): is the gradient cut between them, or does the layer not run?"
                 )
 
 
