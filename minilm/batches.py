@@ -89,7 +89,7 @@ def _beginnings(batch: Batch, token: Tensor) -> Tensor | None:
 
 def model_inputs(model: PreTrainedModel, batch: Batch, causal: bool) -> dict[str, Any]:
     """What the model's forward takes; `causal`: a decoder, whose 4-D masks must say so themselves."""
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in FOR_THE_LOSS}
+    inputs: dict[str, Any] = {name: x for name, x in in_its_dtype(model, batch).items() if name not in FOR_THE_LOSS}
     if "sequence_ids" in batch:
         allowed = block_diagonal_mask(batch["sequence_ids"], causal)
         inputs["position_ids"] = batch["position_ids"] + first_position(model)
@@ -127,6 +127,11 @@ def relation_qkv(qkv: QKV, batch: Batch) -> QKV:
         x.transpose(1, 2).flatten(0, 1).index_select(0, batch["token_index"]).transpose(0, 1).unsqueeze(0) for x in qkv
     )
     return q, k, v
+
+
+def in_its_dtype(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """The batch with pixels and sounds in the model's dtype: not every model turns them itself."""
+    return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
 
 
 def relation_mask(batch: Batch) -> dict[str, Tensor | None]:
