@@ -25,12 +25,13 @@ from minilm.inputs import load_inputs
 from minilm.loss import MiniLMLoss
 from minilm.objectives import build_objective, is_causal, parse_relations
 from minilm.outputs import check_output, has_vocabulary_head
+from minilm.probes import base_of, probe_inputs
 from minilm.rehearsal import rehearsal_arguments, rehearse
 from minilm.report import METRICS, Metrics, overview, write_report
 from minilm.runs import check_same_run, starting_point
 from minilm.speed import measure_speed
 from minilm.streams import TextStream
-from minilm.students import build_student, count_parameters, ends_as_teacher, probe_inputs
+from minilm.students import build_student, count_parameters, ends_as_teacher
 from minilm.teachers import auto_class, load_teacher, quiet
 from minilm.trainer import DistillationTrainer, check_arguments
 from minilm.trial import no_folder_left, try_out
@@ -175,7 +176,7 @@ def train(run: Run) -> str | None:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "speeds": {
-                "teacher": measure_speed(trainer.teacher.base_model, batches, SPEED_SECONDS),
+                "teacher": measure_speed(base_of(trainer.teacher), batches, SPEED_SECONDS),
                 "student": measure_speed(student, batches, SPEED_SECONDS),
             },
             "training": _pace(trainer),

@@ -7,9 +7,12 @@
 import math
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from minilm.loss import MiniLMLoss
+from minilm.probes import base_of, moved_tokens, random_tokens, reason
 from minilm.values import FLOAT32_MAX
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -70,9 +73,30 @@ def parse_relations(text: str) -> dict[str, float]:
     return weights
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether the model's self-attention looks only back, as its attention modules say; its relations then do too."""
-    return any(getattr(module, "is_causal", False) for module in model.modules())
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether no token of the model sees one behind it; the model's relations are then causal too.
+
+    Tried, not read from flags: one of eight random tokens is changed, the second or the last but one, and the model is
+    causal if what it makes of the tokens before stays. Models of images and sound are not causal.
+
+    Raises:
+        ValueError: a model that looks ahead from some tokens only, or does not run on tokens alone.
+    """
+    base, name = base_of(model), type(model).__name__
+    if base.main_input_name != "input_ids":
+        return False
+    tokens = random_tokens(base, 9)
+    inputs = {"input_ids": tokens[None, :8], "attention_mask": torch.ones_like(tokens[None, :8])}
+    try:
+        ahead = [bool(moved_tokens(base, inputs, at, tokens[8])[:at].any()) for at in (1, 6)]
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"{name} does not run on a few random tokens alone ({reason(error)})") from error
+    if ahead[0] != ahead[1]:
+        raise ValueError(
+            f"{name} looks ahead from {'early' if ahead[0] else 'late'} tokens only: its relations would be neither "
+            "causal nor free, and such masks are supported through prefix_lengths alone"
+        )
+    return not ahead[0]
 
 
 def _default_relation_heads(teacher_qkv: QKV, student_qkv: QKV) -> int:

@@ -7,6 +7,7 @@ from transformers import ProgressCallback
 SHOWN = {
     "tokens_per_second": "{:,.0f} tokens/s",
     "images_per_second": "{:,.0f} images/s",
+    "sequences_per_second": "{:,.0f} sequences/s",
     "loss_share": "{:.0%} in the loss",
 }
 

@@ -12,11 +12,14 @@ from transformers import PreTrainedModel
 from minilm._capture import attention_qkv, resolve_layer
 from minilm._capture import num_layers as layers_of
 from minilm.outputs import forward_with_output
+from minilm.probes import base_of, evaluating, probe_inputs
 
 Init = Literal["auto", "random", "layers", "slice", "pca"]
 
-_FFN_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim")  # in no attribute_map of transformers
+# In no attribute_map of transformers.
+_FFN_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim")
 _WIDTH_FOLLOWERS = ("embedding_size", "pooler_output_size")  # follow hidden_size where they were equal to it
+_STAGES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")  # layers of a backbone
 _FUSED = {  # equal parts that a projection stacks in one weight
     "Wqkv": (3, "attention width"),
     "c_attn": (3, "attention width"),
@@ -70,9 +73,14 @@ def build_student(
     for name, size in {"num_layers": num_layers, **sizes}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}: it must be at least 1")
-    base = cast(PreTrainedModel, teacher.base_model)
+    base = base_of(teacher)
     if with_head and teacher is base:
         raise ValueError(f"the teacher is a {type(teacher).__name__}, which has no head for the student to have")
+    if not isinstance(base.config.num_attention_heads, int):
+        raise ValueError(
+            f"{type(base).__name__} has {base.config.num_attention_heads} heads, by stage: "
+            "a student is built of layers that are alike"
+        )
     layers = _choose_layers(base, num_layers, teacher_layers)
     config = _student_config(base.config, layers, hidden_size, num_heads, intermediate_size)
 
@@ -99,7 +107,7 @@ def build_student(
     if copies_layers:
         _copy_weights(source, student, layers)
     elif init == "pca":
-        _project_embeddings(base, cast(PreTrainedModel, student.base_model))
+        _project_embeddings(base, base_of(student))
     return student
 
 
@@ -113,12 +121,12 @@ def freeze_unused(
     That is the last layer after its projections (attention output, FFN, norms), a final norm, the pooler, and the value
     projection if no relation has a "v": the authors' design (microsoft/unilm#525). They stay as initialised, and DDP
     runs without `find_unused_parameters`. Found by one forward and backward on two tokens (or one image).
+
+    Raises:
+        ValueError: a layer below the last of which nothing is reached, so that the gradient is cut on its way down.
     """
     used = set("".join(relations))
-    modes = [(module, module.training) for module in student.modules()]
-    for module, _ in modes:
-        module.training = False  # dropout would draw from the global generator
-    with torch.enable_grad():
+    with evaluating(student), torch.enable_grad():
         heads: tuple[Tensor | None, ...] = ()
         if output:
             qkv, heads = forward_with_output(student, probe_inputs(student))
@@ -126,11 +134,10 @@ def freeze_unused(
             qkv = attention_qkv(student, probe_inputs(student))
         reached = [tensor for name, tensor in zip("qkv", qkv, strict=True) if name in used]
         total = sum(tensor.float().sum() for tensor in (*reached, *heads) if tensor is not None)
-    for module, mode in modes:
-        module.training = mode
     trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(cast(Tensor, total), list(trainable.values()), allow_unused=True)
     unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
+    _check_layers_below(student, trainable.keys(), set(unused))
     for name in unused:
         trainable[name].requires_grad_(False)
     return unused
@@ -142,12 +149,35 @@ def ends_as_teacher(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
     Then nothing is untrained: relations train what lies below, and what lies above knows the teacher's last layer.
     """
     given, last = teacher.state_dict(), [layers_of(teacher)] * layers_of(student)
+    stacks = _stacks(student, layers_of(student))
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad and not name.startswith("pooler."):
-            source = given.get(_teacher_name(student, name, last))
+            source = given.get(_teacher_name(stacks, name, last))
             if source is None or not torch.equal(source, parameter.to(source)):
                 return False
     return True
+
+
+def _check_layers_below(student: PreTrainedModel, trainable: Iterable[str], unused: set[str]) -> None:
+    names = list(trainable)
+    for path in _stacks(student, layers_of(student)):
+        for index in range(layers_of(student) - 1):
+            of_layer = [name for name in names if name.startswith(f"{path}.{index}.")]
+            if of_layer and unused.issuperset(of_layer):
+                raise ValueError(
+                    f"the relations of layer {layers_of(student)} of {type(student).__name__} reach nothing in its "
+                    f"layer {index + 1} ({path}.{index}): is the gradient cut between them, or does the layer not run?"
+                )
+
+
+def _stacks(model: nn.Module, depth: int) -> list[str]:
+    """The paths of the outermost lists of `depth` modules: the layers, and what else has as many parts."""
+    paths: list[str] = []
+    for path, module in model.named_modules():
+        is_stack = isinstance(module, nn.ModuleList) and len(module) == depth
+        if is_stack and not any(path.startswith(outer + ".") for outer in paths):
+            paths.append(path)
+    return paths
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
@@ -156,7 +186,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     Embedding is all that lies in the model's `embeddings` (tables, their norm, patches) or in an `nn.Embedding`. The
     pooler and heads are left out; shared parameters count once.
     """
-    base = model.base_model
+    base = base_of(model)
     tables = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     embedding = transformer = 0
     for name, parameter in base.named_parameters():
@@ -186,7 +216,7 @@ def _student_config(
 ) -> Any:
     """A fresh config with the student's sizes (`to_dict` leaves out the attention implementation)."""
     values = teacher.to_dict()
-    for name in ("architectures", "dtype", "quantization_config", "_name_or_path"):
+    for name in ("architectures", "dtype", "quantization_config", "_name_or_path", *_STAGES):
         values.pop(name, None)
     width = hidden_size or teacher.hidden_size
     heads = num_heads or teacher.num_attention_heads
@@ -247,12 +277,17 @@ def _widths(config: Any) -> dict[str, int]:
 def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: list[int]) -> None:
     """Copy into the student, cutting where it is narrower. What the teacher lacks (a pooler) stays as initialised."""
     have, want = _widths(teacher.config), _widths(student.config)
+    depth = layers_of(teacher)
+    stacks = [path for path in _stacks(student, len(layers)) if path in _stacks(teacher, depth)]
     given = teacher.state_dict()
     for name, target in student.state_dict().items():
-        source = given.get(_teacher_name(student, name, layers))
+        source = given.get(_teacher_name(stacks, name, layers))
         # What only the first layer holds (T5's position bias) or lacks (ModernBERT's norm) has no namesake there.
         source = given.get(name) if source is None else source
         if source is not None:
+            if name.endswith("contact_head.regression.weight"):  # ESM's, (1, layers * heads)
+                by_layer = source.unflatten(1, (depth, -1))
+                source = by_layer[:, [layer - 1 for layer in layers], : want["num_heads"]].flatten(1)
             target.copy_(_cut(name, source, target.shape, have, want))
 
 
@@ -275,12 +310,12 @@ def _project_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> N
             student.get_parameter(f"{name}.weight").copy_(table.weight.double() @ components)
 
 
-def _teacher_name(student: PreTrainedModel, name: str, layers: list[int]) -> str:
+def _teacher_name(stacks: list[str], name: str, layers: list[int]) -> str:
     """`encoder.layer.0.x` -> `encoder.layer.1.x` where the student's first layer comes from the teacher's second."""
-    for prefix, module in student.named_modules():  # the outermost list as long as the student is deep holds its layers
-        if isinstance(module, nn.ModuleList) and len(module) == len(layers) and name.startswith(prefix + "."):
-            index, rest = name[len(prefix) + 1 :].split(".", 1)
-            return f"{prefix}.{layers[int(index)] - 1}.{rest}"
+    for path in stacks:
+        if name.startswith(path + "."):
+            index, rest = name[len(path) + 1 :].split(".", 1)
+            return f"{path}.{layers[int(index)] - 1}.{rest}"
     return name
 
 
@@ -296,16 +331,6 @@ def _cut(name: str, source: Tensor, shape: torch.Size, have: dict[str, int], wan
         else:
             raise ValueError(f"init 'slice' does not know how to cut {name} from {rows} to {kept}")
     return source
-
-
-def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The shortest input that a model takes, on its device: two tokens, or a blank image."""
-    if model.main_input_name == "pixel_values":
-        size = model.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.zeros(1, model.config.num_channels, height, width, device=model.device, dtype=model.dtype)
-        return {"pixel_values": pixels}
-    return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
 
 
 @contextmanager

@@ -29,6 +29,9 @@ from minilm._capture import QKV, attention_qkv, resolve_layer
 from minilm.batches import (
     FOR_THE_LOSS,
     Batch,
+    as_packed,
+    by_token,
+    check_batch,
     count_sequences,
     count_tokens,
     model_inputs,
@@ -98,14 +101,15 @@ class DistillationModel(nn.Module):
             student_qkv = attention_qkv(self.student, inputs)
         else:
             student_qkv, output = forward_with_output(self.student, inputs, -1)
+        of_tokens = by_token(self.student, batch, student_qkv[0].shape[2])
         teacher_qkv, student_qkv = relation_qkv(teacher_qkv, batch), relation_qkv(student_qkv, batch)
         with self.clock.forward(student_qkv):
-            loss, parts = self.criterion(teacher_qkv, student_qkv, **relation_mask(batch))
+            loss, parts = self.criterion(teacher_qkv, student_qkv, **relation_mask(of_tokens))
         self.clock.backward(loss, student_qkv)
         if shares is not None:
             loss = loss * shares[0]
         if teacher_output is not None and output is not None:
-            total, count = output_loss(output, teacher_output, self.output_temperature, token_mask(batch))
+            total, count = output_loss(output, teacher_output, self.output_temperature, token_mask(of_tokens))
             mean = total / count.clamp(min=1)
             parts["output"] = mean.detach()
             loss = loss + self.output_weight * (mean if shares is None else mean * shares[1])
@@ -145,17 +149,20 @@ class DistillationTrainer(CheckpointingTrainer):
             arguments' own, whose default takes every name that does not end in "loss" for better when higher.
 
     Logged in training beside the Trainer's own: each relation, "output", "tokens_per_second" (of images
-    "images_per_second") over all processes, and, but for compiled models, "loss_share", the part of a step's time that
-    the relation loss takes. Evaluation gives "eval_<relation>", the mean over the sequences, "eval_output", the mean
-    over the tokens or examples, and "eval_loss", their weighted sum. What is saved is the student alone, as
-    `AutoModel.from_pretrained` loads it.
+    "images_per_second", of sound "sequences_per_second") over all processes, and, but for compiled models,
+    "loss_share", the part of a step's time that the relation loss takes. Evaluation gives "eval_<relation>", the mean
+    over the sequences, "eval_output", the mean over the tokens or examples, and "eval_loss", their weighted sum. What
+    is saved is the student alone, as `from_pretrained` of its class, or `AutoModel`, loads it.
+
+    A batch may be packed (`PackingCollator`) or flattened (transformers' `DataCollatorWithFlattening`).
 
     A loss, a gradient norm (but for fp16, whose scaler passes over such steps) or a weight that is NaN or infinite ends
     the run before anything of it is saved; see `minilm.finite` for when it is looked at.
 
     Raises:
         ValueError: a teacher layer that does not exist; training arguments that mean nothing here; several GPUs in one
-            process (DataParallel); a `metric_for_best_model` that no evaluation gives.
+            process (DataParallel); a `metric_for_best_model` that no evaluation gives; at the first batch, packed texts
+            or prefixes that a model does not keep apart.
         NonFiniteError (from `train` and `evaluate`): on all ranks, names the step and what was not finite.
     """
 
@@ -201,6 +208,7 @@ class DistillationTrainer(CheckpointingTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress)
         self._watch = self._new_watch()
+        self._tried: set[str] = set()  # kinds of masks
         self._sums: dict[str, Tensor] = {}  # of each part, and of the tokens, since the last log
         self._sums_from = 0
         self._stream_states: dict[int, dict[str, Any]] = {}  # by reader, after the last batch taken from it
@@ -310,6 +318,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self._step_clock.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(3, device=device)
+        batches = [self._checked(batch) for batch in batches]
         for batch in batches:
             if state := batch.pop("stream_state", None):
                 self._stream_states[state["reader"]] = state
@@ -338,6 +347,19 @@ class DistillationTrainer(CheckpointingTrainer):
         self._add({part: outputs[part] * shares[int(part == "output")] for part in self.parts})
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def _checked(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as it goes on, of its kind the first tried on both models (a student in shards is not tried)."""
+        batch = as_packed(batch)
+        kind = next((name for name in ("sequence_ids", "prefix_lengths") if name in batch), None)
+        if kind and kind not in self._tried:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            for model in (self.teacher,) if sharded else (self.teacher, self.student):
+                check_batch(model, kind, self._causal)
+            if kind == "sequence_ids" and self._with_output and not self._output_per_token:
+                raise ValueError(f"{type(self.student).__name__} classifies whole rows: its texts cannot be packed")
+            self._tried.add(kind)
+        return batch
+
     def _teacher_targets(self, batch: Batch) -> dict[str, Any]:
         inputs = model_inputs(self.teacher, batch, self._causal)
         if not self._with_output:
@@ -360,7 +382,7 @@ class DistillationTrainer(CheckpointingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, the batch's mean of each part (B, parts), their weights (B, parts)), as `_means` expects them."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._checked(self._prepare_inputs(inputs))
         rows = len(next(iter(inputs.values())))
         own = max(1, self._rows_not_repeated(rows))
         if own < rows:
@@ -405,7 +427,8 @@ class DistillationTrainer(CheckpointingTrainer):
             means = self.accelerator.reduce(torch.stack([self._sums[part] for part in self.parts]) / steps, "mean")
             logs.update(zip(self.parts, means.tolist(), strict=True))
             if seconds:
-                unit = "tokens" if self._sums["tokens"] else "images"
+                images = self.student.main_input_name == "pixel_values"
+                unit = "tokens" if self._sums["tokens"] else "images" if images else "sequences"
                 count = self._sums["tokens" if unit == "tokens" else "sequences"]
                 logs[f"{unit}_per_second"] = round(count.item() / seconds, 1)
                 if of_loss := self._clock.seconds():

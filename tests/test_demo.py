@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_readme import EXAMPLES
 from transformers import AutoModel, AutoTokenizer
 
 from minilm import demo
@@ -91,6 +92,11 @@ def test_a_short_demonstration_leaves_a_student_and_is_not_run_twice(
     hidden = student(**tokenizer("a sentence", return_tensors="pt")).last_hidden_state
     assert hidden.shape == (1, 4, 384)
     assert torch.isfinite(hidden).all()
+
+    example = next(code for code in EXAMPLES if "SentenceTransformer" in code)
+    names: dict[str, object] = {}
+    exec(f"{example.replace('SentenceTransformer(', 'vectors = SentenceTransformer(', 1)}", names)
+    assert tuple(names["vectors"].shape) == (2, 384)
 
     assert main(SHORT) == 1
     err = capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_trainer_example_runs_and_saves_the_student(tmp_path: Path, monkeypatch:
     datasets.enable_progress_bars()
     student = AutoModel.from_pretrained(tmp_path / "student")
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (3, 192)
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3  # the last is the demonstration's
 
 
 def test_file_tree_names_every_module() -> None:

@@ -1,0 +1,126 @@
+"""Trials on a model: short inputs of whatever kind it takes, and a forward that leaves it as it was."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minilm._capture import QKV, capture
+
+_MOVED = 1e-5  # of a token's norm; what cannot be seen stays to the bit, but for experts whose batches differ
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without a head: `model.base_model`, where that is a model (DINOv3's is the stack of layers inside)."""
+    base = cast(PreTrainedModel, model.base_model)
+    return base if model.main_input_name in inspect.signature(base.forward).parameters else model
+
+
+def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The shortest input that a model takes, on its device: two tokens, or a blank image, film or sound.
+
+    Raises:
+        ValueError: a kind of input that is not known here.
+    """
+    name = model.main_input_name
+    if name == "input_ids":
+        return {name: torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+    shape = _SHAPES.get(name, lambda config: None)(model.config)
+    if shape is None:
+        raise ValueError(
+            f"{type(model).__name__} takes {name!r} of a form that is not known here: "
+            f"supported are models of {', '.join(['input_ids', *_SHAPES])}"
+        )
+    return {name: torch.zeros(1, *shape, device=model.device, dtype=model.dtype)}
+
+
+def random_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    """(count,) int64 on the model's device: different ordinary tokens, the same ones at every call."""
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    named = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep", "mask")}
+    special = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])}  # Llama 3 has several ends
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: count + len(special)].tolist()
+    return torch.tensor([token for token in order if token not in special][:count], device=model.device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode: no dropout, so nothing is drawn from the global generator. Each module then gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def last_hidden_state(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, N, hidden_size), what the base model ends with, in eval mode."""
+    base = base_of(model)
+    takes_cache = "use_cache" in inspect.signature(base.forward).parameters
+    with evaluating(base):
+        hidden: Tensor = base(**inputs, **({"use_cache": False} if takes_cache else {}))[0]
+    return hidden
+
+
+def moved_tokens(model: PreTrainedModel, inputs: Mapping[str, Any], position: int, token: Tensor) -> Tensor:
+    """(N,) bool: of which tokens the output changes when `token` takes the place of the one at `position`; B is 1."""
+    changed = inputs["input_ids"].clone()
+    changed[0, position] = token
+    before, after = (
+        last_hidden_state(model, {**inputs, "input_ids": ids})[0].float() for ids in (inputs["input_ids"], changed)
+    )
+    return (after - before).norm(dim=-1) > _MOVED * before.norm(dim=-1)
+
+
+def captured_and_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[QKV, Tensor]:
+    """q, k, v of the last layer, and `last_hidden_state`."""
+    with capture(base_of(model)) as captured:
+        hidden = last_hidden_state(model, inputs)
+    return captured[-1], hidden
+
+
+def reason(error: Exception) -> str:
+    """What went wrong inside a model, on one line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def _pixels(config: Any) -> tuple[int, ...] | None:
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return None
+    image = (getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
+    frames = getattr(config, "num_frames", None)
+    return (frames, *image) if isinstance(frames, int) else image
+
+
+def _sound(config: Any) -> tuple[int, ...] | None:
+    """A spectrogram (AST), or the samples of which the convolutions make two tokens (wav2vec 2.0 and its kin)."""
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return (config.max_length, config.num_mel_bins)
+    if not hasattr(config, "conv_kernel"):
+        return None
+    samples = 2
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return (samples,)
+
+
+def _features(config: Any) -> tuple[int, ...] | None:
+    if not hasattr(config, "num_mel_bins") or not hasattr(config, "max_source_positions"):
+        return None
+    return (config.num_mel_bins, 2 * config.max_source_positions)  # Whisper's second convolution halves the frames
+
+
+_SHAPES: dict[str, Callable[[Any], tuple[int, ...] | None]] = {
+    "pixel_values": _pixels,
+    "input_values": _sound,
+    "input_features": _features,
+}
