@@ -93,6 +93,7 @@ def _state_kept(trainer: DistillationTrainer) -> Iterator[None]:
     for buffer, content in buffers:
         buffer.copy_(content)
     model.zero_grad(set_to_none=True)
+    model.clock.seconds()  # those of the trial are no step's
     model.train(before[2])
     random.setstate(before[0])
     np.random.set_state(before[1])  # noqa: NPY002
