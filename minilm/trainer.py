@@ -201,6 +201,7 @@ class DistillationTrainer(CheckpointingTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress)
         self._watch = self._new_watch()
+        self._looks_at_every_step = args.device.type == "cpu"  # where that waits for nothing
         self._sums: dict[str, Tensor] = {}  # of each part, and of the tokens, since the last log
         self._sums_from = 0
         self._stream_states: dict[int, dict[str, Any]] = {}  # by reader, after the last batch taken from it
@@ -247,7 +248,7 @@ class DistillationTrainer(CheckpointingTrainer):
         due = self.control
         if due.should_training_stop:
             self._stop_if_not_finite(with_weights=True)
-        elif due.should_log or due.should_evaluate or due.should_save or self.args.device.type == "cpu":
+        elif due.should_log or due.should_evaluate or due.should_save or self._looks_at_every_step:
             self._stop_if_not_finite()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **options)
 
