@@ -66,13 +66,13 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     with_output = objective.output_weight > 0
     teacher, processor = load_teacher(model.teacher or str(teacher_folder()), head=with_output)
-    with tried("cannot build the student", leave=(ValueError,)):
+    with tried("cannot build the student", keep_value_errors=True):
         student, criterion = _student_and_objective(arguments, teacher)
     identity = _identity(arguments, criterion, teacher, student)
     if checkpoint:
         check_same_run(checkpoint, identity)
     if following is not None:
-        with tried("cannot build the student", leave=(ValueError,)):
+        with tried("cannot build the student", keep_value_errors=True):
             _student_and_objective(following, student)
     if arguments.data.packing:
         check_packable(teacher)
@@ -92,7 +92,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         training.ignore_data_skip = True  # the stream goes on by itself from where it was
         _do_not_group(training)
     with no_folder_left(output):
-        with tried("cannot build the trainer", leave=(ValueError,)):
+        with tried("cannot build the trainer", keep_value_errors=True):
             trainer = DistillationTrainer(
                 teacher=teacher,
                 student=student,

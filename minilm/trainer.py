@@ -258,6 +258,7 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def _stop_if_not_finite(self, *, with_weights: bool = False) -> None:
         if with_weights:
+            assert self.model is not None
             trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
             self._watch.note(self.state.global_step, {WEIGHTS: all_finite(trained)})
         if found := self._watch.first(self.accelerator.gather):
