@@ -212,7 +212,7 @@ class TrainerArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # Every metric is a loss here, whether its name ends in "loss" or not.
         self.greater_is_better = bool(self.greater_is_better)
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 @dataclass

@@ -73,13 +73,13 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     name = model.teacher or str(teacher_folder())
     teacher, processor = load_teacher(name, head=with_output)
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
-    with tried("cannot build the student", leave=(ValueError,)):
+    with tried("cannot build the student", keep_value_errors=True):
         student, criterion = _student_and_objective(arguments, teacher)
     identity = _identity(arguments, criterion, teacher, student)
     if checkpoint:
         check_same_run(checkpoint, identity)
     if following is not None:
-        with tried("cannot build the student", leave=(ValueError,)):
+        with tried("cannot build the student", keep_value_errors=True):
             _student_and_objective(following, student)
     if arguments.data.packing:
         check_packable(teacher)
@@ -99,7 +99,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         training.ignore_data_skip = True  # the stream goes on by itself from where it was
         _do_not_group(training)
     with no_folder_left(output):
-        with tried("cannot build the trainer", leave=(ValueError,)):
+        with tried("cannot build the trainer", keep_value_errors=True):
             trainer = DistillationTrainer(
                 teacher=teacher,
                 student=student,

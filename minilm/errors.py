@@ -13,16 +13,20 @@ class TrialError(ValueError):
 
 
 @contextmanager
-def tried(what: str, leave: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def tried(what: str, *, keep_value_errors: bool = False) -> Iterator[None]:
     """Around something that arguments ask for: an error becomes a `TrialError` that begins with `what`.
 
-    Args:
-        leave: errors that are told well already, beside those of the system and `NonFiniteError`.
+    Errors of the system and `NonFiniteError` stay what they are, as `ValueError` does with `keep_value_errors`: where
+    most of them are our own.
     """
     try:
         yield
-    except (*leave, OSError, NonFiniteError):
+    except (OSError, NonFiniteError):
         raise
+    except ValueError as error:
+        if keep_value_errors:
+            raise
+        raise TrialError(f"{what}: {reason(error)}") from error
     except torch.OutOfMemoryError as error:
         raise TrialError(f"{what}: {_first_line(error)}; lower --per_device_train_batch_size") from error
     except Exception as error:

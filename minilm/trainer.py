@@ -209,6 +209,7 @@ class DistillationTrainer(CheckpointingTrainer):
             self.add_callback(DistillationProgress)
         self._watch = self._new_watch()
         self._tried: set[str] = set()  # kinds of masks
+        self._looks_at_every_step = args.device.type == "cpu"  # where that waits for nothing
         self._sums: dict[str, Tensor] = {}  # of each part, and of the tokens, since the last log
         self._sums_from = 0
         self._stream_states: dict[int, dict[str, Any]] = {}  # by reader, after the last batch taken from it
@@ -255,7 +256,7 @@ class DistillationTrainer(CheckpointingTrainer):
         due = self.control
         if due.should_training_stop:
             self._stop_if_not_finite(with_weights=True)
-        elif due.should_log or due.should_evaluate or due.should_save or self.args.device.type == "cpu":
+        elif due.should_log or due.should_evaluate or due.should_save or self._looks_at_every_step:
             self._stop_if_not_finite()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **options)
 
@@ -265,6 +266,7 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def _stop_if_not_finite(self, *, with_weights: bool = False) -> None:
         if with_weights:
+            assert self.model is not None
             trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
             self._watch.note(self.state.global_step, {WEIGHTS: all_finite(trained)})
         if found := self._watch.first(self.accelerator.gather):

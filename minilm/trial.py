@@ -24,7 +24,7 @@ from minilm.errors import tried
 from minilm.finite import NonFiniteError
 from minilm.rehearsal import total_steps
 from minilm.streams import TextStream
-from minilm.trainer import DistillationTrainer
+from minilm.trainer import DistillationModel, DistillationTrainer
 
 
 def try_out(trainer: DistillationTrainer) -> None:
@@ -84,7 +84,7 @@ def _flags(args: Any, *names: str) -> str:
 @contextmanager
 def _state_kept(trainer: DistillationTrainer) -> Iterator[None]:
     model, device = trainer.model, trainer.args.device
-    assert model is not None
+    assert isinstance(model, DistillationModel)
     # The global generators: collators and images draw from them, and the Trainer keeps them in its checkpoints.
     before = random.getstate(), np.random.get_state(), model.training  # noqa: NPY002
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # running means and the like
@@ -93,6 +93,7 @@ def _state_kept(trainer: DistillationTrainer) -> Iterator[None]:
     for buffer, content in buffers:
         buffer.copy_(content)
     model.zero_grad(set_to_none=True)
+    model.clock.seconds()  # those of the trial are no step's
     model.train(before[2])
     random.setstate(before[0])
     np.random.set_state(before[1])  # noqa: NPY002
@@ -115,10 +116,11 @@ def _forward_and_backward(trainer: DistillationTrainer, batch: Batch) -> None:
     args, model = trainer.args, trainer.model
     assert model is not None
     if args.gradient_checkpointing:
-        _checkpoint_activations(model, dict(args.gradient_checkpointing_kwargs or {}))
+        chosen: Any = args.gradient_checkpointing_kwargs or {}
+        _checkpoint_activations(model, dict(chosen))
     model.train()
     with trainer.accelerator.autocast():
-        loss, outputs = trainer.compute_loss(model, trainer._prepare_inputs(batch), return_outputs=True)
+        loss, outputs = trainer.compute_loss(model, trainer._prepare_inputs({**batch}), return_outputs=True)
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     values = {part: outputs[part] for part in trainer.parts} | {"loss": loss}
@@ -139,6 +141,7 @@ def _checkpoint_activations(model: Any, kwargs: dict[str, Any]) -> None:
 
 def _build_schedule(trainer: DistillationTrainer) -> None:
     """For an optimiser of nothing: a schedule sets the learning rate of the one that it is made for."""
+    assert trainer.optimizer is not None
     groups = [{"params": [torch.zeros(1)]} for _ in trainer.optimizer.param_groups]
     nothing = torch.optim.SGD(groups, lr=trainer.args.learning_rate)
     steps = total_steps(trainer, trainer.args)

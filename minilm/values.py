@@ -50,13 +50,14 @@ def find_fault(values: Mapping[str, Any], kinds: Iterable[type]) -> Fault | None
         for field in fields(kind):
             value = values.get(field.name)
             for number in value if isinstance(value, list) else [value]:
-                is_number = isinstance(number, int | float) and not isinstance(number, bool)
-                if is_number and (must := _broken(field, number)):
+                if must := _broken(field, number):
                     return Fault(field.name, number, must)
     return None
 
 
-def _broken(field: Field[Any], number: float) -> str | None:
+def _broken(field: Field[Any], number: Any) -> str | None:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
     name, negative = field.name, isinstance(field.default, int | float) and field.default < 0
     sign = "positive" if name in POSITIVE | TEMPERATURES else "" if negative else "not negative"
     below = {"positive": number <= 0, "not negative": number < 0, "": False}[sign]

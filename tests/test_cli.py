@@ -249,6 +249,49 @@ def test_mistakes_are_one_line_and_exit_code_2(command: CommandLine, teacher: st
     fails("is no complete checkpoint", *rest, "--resume_from_checkpoint", "nowhere")
 
 
+def test_values_that_no_flag_takes(command: CommandLine, teacher: str, data: str) -> None:
+    rest = ["--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL]
+    Path("a.txt").write_text("some text")
+
+    def fails(message: str, *argv: str) -> None:
+        code, _, err = command(*rest, *argv)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+        assert not Path("out").exists()
+
+    for flag in ("teacher", "data", "output_dir", "relations", "resume_from_checkpoint", "text_column", "run_name"):
+        fails(f"--{flag} is empty: give it a value, or leave it out", f"--{flag}", "")
+    fails("--data is empty", "--data", data, " ")
+    fails("--learning_rate is inf: it must be finite and not negative", "--learning_rate", "1e400")
+    fails("--weight_decay is nan: it must be finite and not negative", "--weight_decay", "nan")
+    fails("--gradient_accumulation_steps is 0: it must be at least 1", "--gradient_accumulation_steps", "0")
+    fails("--gradient_accumulation_steps is -1: it must be at least 1", "--gradient_accumulation_steps", "-1")
+    fails("--max_steps is 0: it must be at least 1, or -1 to go by num_train_epochs", "--max_steps", "0")
+    fails("--data_weights is 1e+308: it must be at most 3.4", "--data", data, data, "--data_weights", "1e308", "1e308")
+    fails("--relation_temperature is 1e-300: it must lie between", "--relation_temperature", "1e-300")
+    fails("the weight 1e300 of relation 'qk' must be at most 3.402823e+38", "--relations", "qk:1e300")
+    fails("the weight '' of relation 'qk' in 'qk:' is no number", "--relations", "qk:")
+    fails("the weight of relation 'qk' must be finite", "--relations", "qk:nan")
+    fails("--do_train false cannot be had: minilm-train trains and evaluates", "--do_train", "false")
+    fails("--do_eval false cannot be had", "--do_eval", "false")
+    fails("--do_predict true cannot be had", "--do_predict")
+    fails("--deepspeed is 'none.json': there is no such file", "--deepspeed", "none.json")
+    fails("--fsdp_config is 'a.txt', which cannot be read as JSON: Expecting value", "--fsdp_config", "a.txt")
+    fails("""--lr_scheduler_kwargs is '{"x"', which cannot be read as JSON""", "--lr_scheduler_kwargs", '{"x"')
+    fails("""is 'x': it must be JSON, as in '{"name": 1}'""", "--lr_scheduler_kwargs", "x")
+    fails("TypeError: AcceleratorConfig.__init__() got an unexpected", "--accelerator_config", '{"foo": 1}')
+    fails("At most one of fp16 and bf16", "--bf16", "--fp16")
+    fails("label_names=['a'] means nothing here: there are no labels", "--label_names", "a")
+    fails("use_liger_kernel=True is not supported", "--use_liger_kernel")
+    fails("debug='underflow_overflow' is not supported", "--debug", "underflow_overflow")
+    fails("is no text in utf-8: rename what it names", "--run_name", b"a\xff".decode("utf-8", "surrogateescape"))
+
+
+def test_the_modes_that_a_run_has_may_be_named(command: CommandLine, teacher: str, data: str) -> None:
+    argv = ["--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL, "--dry_run"]
+    assert command(*argv, "--do_train", "--do_eval", "true", "--do_predict", "false")[0] == 0
+
+
 def test_a_teacher_without_all_its_weights_or_tokens_is_refused(
     command: CommandLine, tmp_path: Path, data: str
 ) -> None:
@@ -291,7 +334,7 @@ def test_the_module_is_light_and_missing_packages_are_one_line(tmp_path: Path) -
         "import sys\n"
         "from importlib import util\n"
         "import minilm.cli\n"
-        "assert not {'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "found = util.find_spec\n"
         "minilm.cli.find_spec = lambda name: None if name == 'datasets' else found(name)\n"
         "sys.exit(minilm.cli.main([]))\n"

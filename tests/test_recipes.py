@@ -84,6 +84,9 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     file.write_text("--recipe minilm-v2-l6-h384")
     with pytest.raises(ValueError, match="names another one with --recipe: write its flags out"):
         expand(["--recipe", str(file)])
+    file.write_bytes(b"--teacher \xff")
+    with pytest.raises(ValueError, match=r"cannot read the recipe .*mine.txt': it is no text in UTF-8"):
+        expand(["--recipe", str(file)])
     file.write_text("--teacher 'a b")
     with pytest.raises(ValueError, match=r"cannot read the recipe .*mine.txt': No closing quotation"):
         expand(["--recipe", str(file)])
