@@ -223,6 +223,7 @@ def measured(family: str) -> Row:
     teacher = tiny_encoder(family)
     packing = packing_of(teacher)
     student = build_student(teacher, num_layers=2, hidden_size=16, seed=0)
+    assert type(student) is type(teacher)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         trainer = trained(teacher, student, folder, steps=5)
