@@ -106,16 +106,18 @@ def by_token(model: PreTrainedModel, batch: Batch, tokens: int) -> Batch:
     """The batch with the mask of the model's N `tokens`, where its own is of the samples of a sound.
 
     Raises:
-        ValueError: a mask of another length, by a model that does not say which of its tokens are padding.
+        ValueError: a mask of another length, and a model that does not say which of its tokens are padding.
     """
     mask = batch.get("attention_mask")
     if mask is None or not any(name in batch for name in _NO_TEXT) or mask.shape[-1] == tokens:
         return batch
     shorten = getattr(base_of(model), "_get_feature_vector_attention_mask", None)  # of wav2vec 2.0 and its kin
     if shorten is None:
+        what = "text and pixels: leave out pixel_values"
+        if "input_ids" not in batch:
+            what = "every example, padding or not: leave out the mask"
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}, and {type(model).__name__} makes {tokens} tokens of every "
-            "example, padding or not: leave the mask out"
+            f"attention_mask is {tuple(mask.shape)}, and {type(model).__name__} makes {tokens} tokens of {what}"
         )
     return {**batch, "attention_mask": shorten(tokens, mask)}
 

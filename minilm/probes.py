@@ -32,8 +32,8 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     shape = _SHAPES.get(name, lambda config: None)(model.config)
     if shape is None:
         raise ValueError(
-            f"{type(model).__name__} takes {name!r} of a form that is not known here: "
-            f"supported are models of {', '.join(['input_ids', *_SHAPES])}"
+            f"{type(model).__name__} takes {name!r} of a form that is not known here: supported are input_ids, images "
+            "and films (pixel_values), samples and spectrograms (input_values, input_features)"
         )
     return {name: torch.zeros(1, *shape, device=model.device, dtype=model.dtype)}
 

@@ -128,11 +128,18 @@ def test_one_layer_that_mixes_only_behind_its_projections_is_refused() -> None:
         check_packable(model)
 
 
-def test_a_trial_leaves_the_window_as_it_was() -> None:
-    model = tiny_model("embeddinggemma")
-    window = model.config.sliding_window
+def test_windows_wider_than_the_trial_are_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's, both ways, does not take in a token just as far away, as ModernBERT's does."""
+    monkeypatch.setattr("minilm.batches._window_is_inclusive", {})
+    model = tiny_model("embeddinggemma", sliding_window=24)
+    assert model.config.sliding_window == 13  # half of it to either side
     check_packable(model)
-    assert model.config.sliding_window == window
+    assert model.config.sliding_window == 13
+    ids = [torch.tensor([row]) for row in documents()[0]]
+    batch = as_packed(DataCollatorWithFlattening()([{"input_ids": x[0]} for x in ids]))
+    packed = attention_qkv(model, model_inputs(model, batch, causal=False))
+    for together, *parts in zip(packed, *(attention_qkv(model, {"input_ids": x}) for x in ids), strict=True):
+        torch.testing.assert_close(together, torch.cat(parts, dim=2), rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_batch_holds() -> None:
@@ -258,7 +265,10 @@ def test_the_mask_of_samples_becomes_one_of_tokens() -> None:
     assert by_token(model, batch, tokens)["attention_mask"].sum(1).tolist() == [tokens, alone]
     assert (count_sequences(batch), count_tokens(batch)) == (2, 0)
     whisper = tiny_encoder("whisper")
-    with pytest.raises(ValueError, match=r"attention_mask is \(2, 20\), and WhisperEncoder makes 10 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"attention_mask is \(2, 20\), and WhisperEncoder makes 10 tokens of .*: leave out the mask",
+    ):
         by_token(whisper, {"input_features": torch.zeros(2, 8, 20), "attention_mask": torch.ones(2, 20)}, 10)
 
 
