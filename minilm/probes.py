@@ -28,7 +28,7 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     name = model.main_input_name
     if name == "input_ids":
-        return {name: torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+        return {name: random_tokens(model, 2)[None]}
     shape = _SHAPES.get(name, lambda config: None)(model.config)
     if shape is None:
         raise ValueError(
