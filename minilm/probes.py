@@ -38,6 +38,15 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: torch.zeros(1, *shape, device=model.device, dtype=model.dtype)}
 
 
+def check_no_films(model: PreTrainedModel) -> None:
+    """Raises `ValueError` for a model of films: minilm-train reads texts and images, `DistillationTrainer` anything."""
+    if model.main_input_name == "pixel_values" and probe_inputs(model)["pixel_values"].ndim == 5:
+        raise ValueError(
+            f"the teacher is a {type(model).__name__}, which takes films, and minilm-train reads texts and images: "
+            "train its student in Python with DistillationTrainer"
+        )
+
+
 def random_tokens(model: PreTrainedModel, count: int) -> Tensor:
     """(count,) int64 on the model's device: different ordinary tokens, the same ones at every call."""
     rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
