@@ -23,6 +23,7 @@ from minilm.probes import base_of, captured_and_hidden, moved_tokens, random_tok
 
 Batch = Mapping[str, Tensor]
 FOR_THE_LOSS = ("sequence_ids", "cu_seqlens", "token_index", "prefix_lengths")
+_NO_TEXT = ("pixel_values", "input_values", "input_features")
 _OF_FLATTENING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _TRIED_LENGTHS, _TRIED_WINDOW = (9, 6), 3
 # Whether a window of w lets a token see those w away, by class and causality: by default as transformers' own mask
@@ -105,16 +106,18 @@ def by_token(model: PreTrainedModel, batch: Batch, tokens: int) -> Batch:
     """The batch with the mask of the model's N `tokens`, where its own is of the samples of a sound.
 
     Raises:
-        ValueError: a mask of another length, by a model that does not say which of its tokens are padding.
+        ValueError: a mask of another length, and a model that does not say which of its tokens are padding.
     """
     mask = batch.get("attention_mask")
-    if mask is None or "input_ids" in batch or mask.shape[-1] == tokens:
+    if mask is None or not any(name in batch for name in _NO_TEXT) or mask.shape[-1] == tokens:
         return batch
     shorten = getattr(base_of(model), "_get_feature_vector_attention_mask", None)  # of wav2vec 2.0 and its kin
     if shorten is None:
+        what = "text and pixels: leave out pixel_values"
+        if "input_ids" not in batch:
+            what = "every example, padding or not: leave out the mask"
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}, and {type(model).__name__} makes {tokens} tokens of every "
-            "example, padding or not: leave the mask out"
+            f"attention_mask is {tuple(mask.shape)}, and {type(model).__name__} makes {tokens} tokens of {what}"
         )
     return {**batch, "attention_mask": shorten(tokens, mask)}
 
@@ -129,9 +132,9 @@ def relation_qkv(qkv: QKV, batch: Batch) -> QKV:
     return q, k, v
 
 
-def in_its_dtype(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+def in_its_dtype(model: Any, batch: Batch) -> dict[str, Tensor]:
     """The batch with pixels and sounds in the model's dtype: not every model turns them itself."""
-    return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
+    return {name: x.to(model.dtype) if name in _NO_TEXT else x for name, x in batch.items()}
 
 
 def relation_mask(batch: Batch) -> dict[str, Tensor | None]:
@@ -159,10 +162,10 @@ def count_sequences(batch: Batch) -> Tensor:
 
 def count_tokens(batch: Batch) -> Tensor:
     """() int64: the tokens that are no padding, on the batch's device; of images and sounds 0."""
-    ids, mask = batch.get("input_ids"), token_mask(batch)
-    if ids is None:
-        return torch.tensor(0, device=next(iter(batch.values())).device)
-    return torch.tensor(ids.numel(), device=ids.device) if mask is None else (mask != 0).sum()
+    mask, first = token_mask(batch), next(iter(batch.values()))
+    if any(name in batch for name in _NO_TEXT):
+        return torch.tensor(0, device=first.device)
+    return torch.tensor(batch["input_ids"].numel(), device=first.device) if mask is None else (mask != 0).sum()
 
 
 def first_position(model: nn.Module) -> int:

@@ -25,7 +25,7 @@ from minilm.inputs import load_inputs
 from minilm.loss import MiniLMLoss
 from minilm.objectives import build_objective, is_causal, parse_relations
 from minilm.outputs import check_output, has_vocabulary_head
-from minilm.probes import base_of, probe_inputs
+from minilm.probes import base_of, check_no_films, probe_inputs
 from minilm.rehearsal import rehearsal_arguments, rehearse
 from minilm.report import METRICS, Metrics, overview, write_report
 from minilm.runs import check_same_run, starting_point
@@ -236,6 +236,7 @@ def _do_not_group(training: TrainingArguments) -> None:
 def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, MiniLMLoss]:
     """The student as it starts, and the loss, tried once on both models."""
     model, objective, training = arguments.model, arguments.objective, arguments.training
+    check_no_films(teacher)
     relations = parse_relations(objective.relations) if objective.relations else None
     student = build_student(
         teacher,

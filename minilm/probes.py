@@ -28,14 +28,23 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     name = model.main_input_name
     if name == "input_ids":
-        return {name: torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+        return {name: random_tokens(model, 2)[None]}
     shape = _SHAPES.get(name, lambda config: None)(model.config)
     if shape is None:
         raise ValueError(
-            f"{type(model).__name__} takes {name!r} of a form that is not known here: "
-            f"supported are models of {', '.join(['input_ids', *_SHAPES])}"
+            f"{type(model).__name__} takes {name!r} of a form that is not known here: supported are input_ids, images "
+            "and films (pixel_values), samples and spectrograms (input_values, input_features)"
         )
     return {name: torch.zeros(1, *shape, device=model.device, dtype=model.dtype)}
+
+
+def check_no_films(model: PreTrainedModel) -> None:
+    """Raises `ValueError` for a model of films: minilm-train reads texts and images, `DistillationTrainer` anything."""
+    if model.main_input_name == "pixel_values" and probe_inputs(model)["pixel_values"].ndim == 5:
+        raise ValueError(
+            f"the teacher is a {type(model).__name__}, which takes films, and minilm-train reads texts and images: "
+            "train its student in Python with DistillationTrainer"
+        )
 
 
 def random_tokens(model: PreTrainedModel, count: int) -> Tensor:

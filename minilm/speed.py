@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from minilm.batches import Batch, count_sequences, count_tokens, in_its_dtype
 
 
-def measure_speed(model: PreTrainedModel, batches: Sequence[Batch], seconds: float) -> dict[str, float]:
+def measure_speed(model: nn.Module, batches: Sequence[Batch], seconds: float) -> dict[str, float]:
     """{"sequences_per_second", "tokens_per_second"} of the whole model in eval mode, padding not counted as tokens; of
     images {"images_per_second"}.
 

@@ -234,7 +234,7 @@ def _student_config(
     if _head_dim(teacher) * teacher.num_attention_heads == teacher.hidden_size:
         if width % heads:
             raise ValueError(f"hidden_size {width} is not divisible by num_heads {heads}")
-        if getattr(teacher, "head_dim", None) is not None:
+        if values.get("head_dim") is not None:
             put("head_dim", width // heads)
     if "num_key_value_heads" in values:
         kv_heads = _kv_heads(teacher)

@@ -1,12 +1,14 @@
 """Objectives by name: their relations and heads for a pair of models, and what cannot be."""
 
 import doctest
+from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_encoder, tiny_model
 
 from minilm import objectives
-from minilm.objectives import QKV, build_objective
+from minilm.objectives import QKV, build_objective, is_causal
 
 
 def qkv(heads: int, dim: int, key_heads: int | None = None) -> QKV:
@@ -54,6 +56,55 @@ def test_what_does_not_fit_is_an_error_before_training() -> None:
         build_objective("minilm", qkv(12, 64), qkv(6, 64))
     with pytest.raises(ValueError, match="unknown relation 'qx'"):
         build_objective("minilm", qkv(4, 8), qkv(4, 8), relations={"qx": 1.0})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "config", "causal"),
+    [
+        ("bert", {}, False),
+        ("bert", {"is_decoder": True}, True),
+        ("gpt2", {}, True),
+        ("llama", {}, True),
+        ("llama", {"is_causal": False}, False),
+        ("llama", {"num_hidden_layers": 1}, True),  # whose q, k, v alone would not tell
+        ("llama", {"num_hidden_layers": 1, "is_causal": False}, False),
+        ("clip_text_model", {}, True),
+        ("embeddinggemma", {}, False),
+        ("gemma3_text", {}, True),
+        ("mistral", {}, True),
+        ("layoutlm", {}, False),
+        ("vit", {}, False),
+        ("whisper", {}, False),
+    ],
+)
+def test_causality_is_what_the_model_does(
+    family: str, config: dict[str, Any], causal: bool, dtype: torch.dtype
+) -> None:
+    model = tiny_encoder(family, **config).to(dtype).train()
+    state = torch.get_rng_state()
+    assert is_causal(model) is causal
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_models_that_look_ahead_from_some_tokens_only_are_refused() -> None:
+    model = tiny_model("llama", is_causal=False)
+    position = torch.arange(8)
+    prefix = (position[None] <= position[:, None]) | (position < 3)
+    for layer in range(4):
+        model.get_submodule(f"layers.{layer}.self_attn").register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "attention_mask": prefix[None, None]}), with_kwargs=True
+        )
+    with pytest.raises(ValueError, match="LlamaModel looks ahead from early tokens only"):
+        is_causal(model)
+
+
+def test_models_that_need_more_than_tokens_are_refused_in_a_sentence() -> None:
+    model = tiny_model("bert")
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"BertModel does not run on a few random tokens alone \(ZeroDivisionError: "):
+        is_causal(model)
 
 
 def test_the_examples_of_the_documentation() -> None:

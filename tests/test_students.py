@@ -412,6 +412,34 @@ def test_freeze_unused_with_the_output_loss(family: str, head: str, frozen: list
     assert freeze_unused(student)  # the relations alone leave the head out
 
 
+def test_a_gradient_that_is_cut_below_the_last_layer_is_an_error() -> None:
+    student = build_student(tiny_model("bert"))
+    student.get_submodule("encoder.layer.1").register_forward_hook(lambda _module, _inputs, output: output.detach())
+    with pytest.raises(ValueError, match=r"layer 4 of BertModel reach nothing in its layer 1 \(encoder.layer.0\)"):
+        freeze_unused(student)
+    frozen = build_student(tiny_model("bert"))
+    frozen.get_submodule("encoder.layer.0").requires_grad_(False)  # by the user
+    assert freeze_unused(frozen)
+
+
+def test_lists_that_are_no_layers_keep_their_order() -> None:
+    """Two convolutions, and two layers taken from four: the convolutions stay where they are."""
+    teacher = tiny_model("wav2vec2")
+    student = build_student(teacher, num_layers=2, init="layers")
+    for name in ("feature_extractor.conv_layers.0.conv.weight", "feature_extractor.conv_layers.1.conv.weight"):
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name))
+    name = "encoder.layers.{}.attention.q_proj.weight"
+    assert torch.equal(student.get_parameter(name.format(0)), teacher.get_parameter(name.format(1)))
+
+
+def test_the_contact_head_of_esm_keeps_the_chosen_layers_heads() -> None:
+    teacher = tiny_model("esm")
+    student = build_student(teacher, num_layers=2)
+    name = "contact_head.regression.weight"
+    mine, theirs = student.get_parameter(name), teacher.get_parameter(name)
+    assert torch.equal(mine.reshape(2, 4), theirs.reshape(4, 4)[[1, 3]])
+
+
 class Distilled(nn.Module):
     def __init__(self, student: PreTrainedModel) -> None:
         super().__init__()
