@@ -140,7 +140,7 @@ def _checkpoint_activations(model: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _build_schedule(trainer: DistillationTrainer) -> None:
-    """For an optimiser of nothing: a schedule sets the learning rate of the one that it is made for."""
+    """For an optimiser of nothing: a schedule changes the one that it is made for, and for some hooks itself in."""
     assert trainer.optimizer is not None
     groups = [{"params": [torch.zeros(1)]} for _ in trainer.optimizer.param_groups]
     nothing = torch.optim.SGD(groups, lr=trainer.args.learning_rate)

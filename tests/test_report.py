@@ -170,6 +170,12 @@ def test_metrics_are_written_last_and_whole(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == report
 
 
+def test_metrics_are_json_whatever_was_measured(tmp_path: Path) -> None:
+    write_report(tmp_path, METRICS | {"training": {"loss_share": float("nan")}}, HISTORY)
+    read = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: 1 / 0)
+    assert read["training"] == {"loss_share": None}
+
+
 class Counting(nn.Module):
     """A model whose forward takes a second of a clock of its own."""
 
