@@ -27,7 +27,7 @@ from minilm.runs import check_same_run, starting_point
 from minilm.speed import measure_speed
 from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, probe_inputs
-from minilm.teachers import auto_class, load_teacher, quiet
+from minilm.teachers import auto_class, quiet, read_teacher
 from minilm.trainer import DistillationTrainer, check_arguments
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
@@ -63,7 +63,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     with_output = objective.output_weight > 0
-    teacher, processor = load_teacher(model.teacher or str(teacher_folder()), head=with_output)
+    teacher, processor, saved_processor = read_teacher(model.teacher or str(teacher_folder()), head=with_output)
     student, criterion = _student_and_objective(arguments, teacher)
     identity = _identity(arguments, criterion, teacher, student)
     if checkpoint:
@@ -97,7 +97,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         output_temperature=objective.output_temperature,
         train_dataset=inputs.train,
         eval_dataset=inputs.heldout,
-        processing_class=processor,
+        processing_class=saved_processor,
         data_collator=inputs.collator,
     )
     metrics = {
