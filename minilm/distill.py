@@ -32,7 +32,7 @@ from minilm.runs import check_same_run, starting_point
 from minilm.speed import measure_speed
 from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, ends_as_teacher
-from minilm.teachers import auto_class, load_teacher, quiet
+from minilm.teachers import auto_class, quiet, read_teacher
 from minilm.trainer import DistillationTrainer, check_arguments
 from minilm.trial import no_folder_left, try_out
 
@@ -71,7 +71,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     with_output = objective.output_weight > 0
     name = model.teacher or str(teacher_folder())
-    teacher, processor = load_teacher(name, head=with_output)
+    teacher, processor, saved_processor = read_teacher(name, head=with_output)
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student", keep_value_errors=True):
         student, criterion = _student_and_objective(arguments, teacher)
@@ -111,7 +111,7 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
                 greater_is_better=bool(training.greater_is_better),
                 train_dataset=inputs.train,
                 eval_dataset=inputs.heldout,
-                processing_class=processor,
+                processing_class=saved_processor,
                 data_collator=inputs.collator,
             )
         try_out(trainer)

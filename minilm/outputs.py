@@ -9,7 +9,7 @@ B batch, N tokens, M rows (tokens or examples), V vocabulary, C classes, d hidde
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +125,17 @@ def check_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         logits = model(**inputs).logits
     if not torch.equal(logits, expected.to(logits).expand_as(logits)):
         raise ValueError(f"{name} does not return what its output layer computes, but changes it: use another teacher")
+
+
+@torch.no_grad()
+def logits_of_first(model: PreTrainedModel, texts: Sequence[Sequence[int]], padding: int = 0) -> Tensor:
+    """The logits of the first text, (N, V) or (C,), in one forward of all of them, padded on the right."""
+    longest = max(map(len, texts))
+    rows = [[*text, *[padding] * (longest - len(text))] for text in texts]
+    mask = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
+    inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+    logits: Tensor = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits[0]
+    return logits[: len(texts[0])] if has_vocabulary_head(model) else logits
 
 
 def has_vocabulary_head(model: PreTrainedModel) -> bool:

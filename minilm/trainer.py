@@ -6,6 +6,7 @@ The output loss, where there is one, is the mean over the step's tokens or examp
 average the gradients of W ranks, so each share is multiplied by W.
 """
 
+import copy
 import inspect
 import math
 import os
@@ -196,6 +197,7 @@ class DistillationTrainer(CheckpointingTrainer):
         model = DistillationModel(student, criterion, output_weight, output_temperature)
         super().__init__(model=model, args=args, **options)
         _check_numbers(args)  # again: accelerator_config may have set some
+        self._saved_processor = copy.deepcopy(self.processing_class)  # a tokenizer keeps how it last padded and cut
         dtype = DTYPES[self.accelerator.mixed_precision]
         self.teacher: PreTrainedModel = teacher.to(device=args.device, dtype=dtype)  # type: ignore[call-arg]
         self.teacher.eval().requires_grad_(False)
@@ -480,8 +482,8 @@ class DistillationTrainer(CheckpointingTrainer):
         if state_dict is not None:  # gathered from shards, under the wrapper's names
             state_dict = {name.removeprefix("student."): tensor for name, tensor in state_dict.items()}
         self.student.save_pretrained(folder, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        if self._saved_processor is not None:
+            self._saved_processor.save_pretrained(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None when pushing to the hub: the Trainer's would replace the one that the report writes."""
