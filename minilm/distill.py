@@ -204,6 +204,7 @@ def train(run: Run) -> str | None:
 def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
     """Builds everything as `prepare` does, takes three steps in a folder that is removed, and tells what they cost."""
     starting_point(Path(str(arguments.training.output_dir)), arguments.training.resume_from_checkpoint)
+    check_arguments(arguments.training)  # with the strategies that the rehearsal's have not
     with tempfile.TemporaryDirectory() as folder:
         training = rehearsal_arguments(arguments.training, folder)
         run = prepare(replace(arguments, training=training), following)

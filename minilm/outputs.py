@@ -10,15 +10,19 @@ B batch, N tokens, M rows (tokens or examples), V vocabulary, C classes, d hidde
 
 import inspect
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from transformers import PreTrainedModel
 
 from minilm._capture import QKV, capture
 
 CHUNK_ELEMENTS = {"cuda": 1 << 24, "cpu": 1 << 22}  # logits of one model in a chunk of rows: 64 and 16 MiB in float32
+
+LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-18, 1e18
 
 
 class TokenOutput(NamedTuple):
@@ -156,12 +160,14 @@ def soft_label_kl(
 
     Memory is linear in M and in V. Sums and softmax are float32; on CUDA the products take half-precision inputs, or
     under autocast its dtype, with float32 results. The student's tensors get gradients in their own dtype, the
-    teacher's none. Backward may run twice; second derivatives raise `RuntimeError`.
+    teacher's none. Backward may run twice; second derivatives raise `RuntimeError`, forward mode `NotImplementedError`.
 
     Raises:
-        ValueError: numbers of rows, vocabularies or widths that do not match; a temperature that is not positive.
+        ValueError: numbers of rows, vocabularies or widths that do not match; a temperature that is not positive or
+            beyond 1e-18 to 1e18.
+        TypeError: a temperature that is no number.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     for who, hidden, weight in (
         ("student", student_hidden, student_weight),
         ("teacher", teacher_hidden, teacher_weight),
@@ -173,6 +179,8 @@ def soft_label_kl(
     if len(student_weight) != len(teacher_weight):
         raise ValueError(f"the teacher's vocabulary is {len(teacher_weight)}, the student's {len(student_weight)}")
     student: tuple[Tensor | None, ...] = student_hidden, student_weight, student_bias
+    if any(x is not None and unpack_dual(x).tangent is not None for x in student):  # which a detached one would lose
+        raise NotImplementedError("soft_label_kl has no forward-mode derivative: use reverse mode")
     if not torch.is_grad_enabled():  # of which a Function's forward is not told
         student = _detached(*student)
     teacher = _detached(teacher_hidden, teacher_weight, teacher_bias)
@@ -271,7 +279,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _example_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if student.shape != teacher.shape:
         raise ValueError(
             f"the teacher's logits are (batch, classes) {tuple(teacher.shape)}, the student's {tuple(student.shape)}"
@@ -285,9 +293,16 @@ def _count(rows: Tensor) -> Tensor:
     return torch.full((), len(rows), device=rows.device)  # of the device itself, where a copy would wait
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Raises `TypeError` for what is no number, `ValueError` where T² or z / T has no place in float32."""
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number, not a {type(temperature).__name__}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: it must be positive")
+    if not LEAST_TEMPERATURE <= temperature <= GREATEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature is {temperature}: it must lie between {LEAST_TEMPERATURE:g} and {GREATEST_TEMPERATURE:g}"
+        )
 
 
 def _output_layer(model: PreTrainedModel) -> nn.Linear | None:

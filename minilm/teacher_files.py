@@ -1,4 +1,4 @@
-"""Why a teacher does not load, told by its files: what stands in its folder, what is broken there, what to name instead.
+"""Why a teacher does not load, told by its files: what is broken in its folder, what to name instead.
 
 Looked at only after loading has failed, so that a start that succeeds pays nothing for it.
 """
@@ -83,7 +83,7 @@ def _no_json(path: Path) -> Iterator[str]:
     if path.name == "tokenizer.json":
         try:
             Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001  what tokenizers raises is of no narrower type
+        except Exception as error:
             yield f"{path.name} holds no tokenizer: {first_line(error).removeprefix('Exception ')}"
 
 

@@ -275,8 +275,8 @@ def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             if _same_in_a_batch(model, alone, [short, long], token):
                 return
     raise ValueError(
-        f"{type(model).__name__} of {name!r} gives a text another output in a batch than alone, whether its config pads "
-        f"with {own} or with the tokenizer's {candidates[0]}: use another teacher, or leave out --output_weight"
+        f"{type(model).__name__} of {name!r} gives a text another output in a batch than alone, whether its config "
+        f"pads with {own} or the tokenizer's {candidates[0]}: use another teacher, or leave out --output_weight"
     )
 
 

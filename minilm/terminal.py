@@ -21,8 +21,14 @@ def patient_streams() -> Iterator[None]:
     After `minilm-train | head -1`, or with the log's disk full, a run goes on and what it would print is lost. A
     character that the stream's encoding lacks is written as an escape.
     """
-    with redirect_stdout(_patient(sys.stdout)), redirect_stderr(_patient(sys.stderr)):
-        yield
+    streams = [_patient(stream) for stream in (sys.stdout, sys.stderr)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                if stream is not None:
+                    stream.flush()  # the interpreter, which does it else, would make an error of it
 
 
 @contextmanager

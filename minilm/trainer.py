@@ -44,7 +44,7 @@ from minilm.checkpoints import CheckpointingTrainer
 from minilm.clock import LossClock, StepClock
 from minilm.finite import FiniteWatch, NonFiniteError, all_finite
 from minilm.loss import MiniLMLoss
-from minilm.outputs import Output, forward_with_output, has_vocabulary_head, output_loss
+from minilm.outputs import Output, check_temperature, forward_with_output, has_vocabulary_head, output_loss
 from minilm.progress import DistillationProgress
 from minilm.runs import newest_intact
 from minilm.sampling import EpochSampler
@@ -79,6 +79,7 @@ class DistillationModel(nn.Module):
         output_temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        check_temperature(output_temperature)
         self.student = student
         self.criterion = criterion
         self.output_weight = output_weight

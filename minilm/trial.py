@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from minilm.batches import Batch
 from minilm.errors import tried
-from minilm.finite import NonFiniteError
+from minilm.finite import NonFiniteError, all_finite
 from minilm.rehearsal import total_steps
 from minilm.streams import TextStream
 from minilm.trainer import DistillationModel, DistillationTrainer
@@ -128,7 +128,8 @@ def _forward_and_backward(trainer: DistillationTrainer, batch: Batch) -> None:
         values["gradient"] = torch.nn.utils.get_total_norm(gradients)
     if bad := [name for name, value in values.items() if not torch.isfinite(value)]:
         told = ", ".join(f"{name} {values[name].item()}" for name in bad)
-        raise NonFiniteError(f"the first batch gives NaN or infinity before any training: {told}")
+        spoilt = "" if all_finite(trainer.teacher.parameters()) == 1 else "; there are such weights in the teacher"
+        raise NonFiniteError(f"the first batch gives NaN or infinity before any training: {told}{spoilt}")
 
 
 def _checkpoint_activations(model: Any, kwargs: dict[str, Any]) -> None:

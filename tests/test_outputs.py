@@ -9,6 +9,7 @@ import torch
 from loss_cases import assert_within_eager_error
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -209,6 +210,10 @@ def test_no_logits_of_all_rows(device: str, tmp_path: Path) -> None:
         ({4: (102, 40)}, r"the teacher's vocabulary is 102, the student's 101"),
         ({6: 0.0}, r"temperature is 0.0: it must be positive"),
         ({6: float("nan")}, r"temperature is nan: it must be positive"),
+        ({6: 1e300}, r"temperature is 1e\+300: it must lie between 1e-18 and 1e\+18"),
+        ({6: 1e-300}, r"temperature is 1e-300: it must lie between"),
+        ({6: 10**400}, r"temperature is 10{400}: it must lie between"),
+        ({6: float("inf")}, r"temperature is inf: it must lie between"),
     ],
 )
 def test_wrong_use(replaced: dict[int, Any], message: str) -> None:
@@ -217,6 +222,34 @@ def test_wrong_use(replaced: dict[int, Any], message: str) -> None:
         arguments[index] = torch.zeros(value) if isinstance(value, tuple) else value
     with pytest.raises(ValueError, match=message):
         soft_label_kl(*arguments)
+
+
+@pytest.mark.parametrize("temperature", [True, "2", None, torch.tensor(2.0)])
+def test_a_temperature_that_is_no_number(temperature: Any) -> None:
+    kind = type(temperature).__name__
+    with pytest.raises(TypeError, match=f"temperature must be a number, not a {kind}"):
+        soft_label_kl(*heads(9, 101, torch.float32, "cpu"), temperature)
+    with pytest.raises(TypeError, match=f"temperature must be a number, not a {kind}"):
+        output_loss(ExampleOutput(torch.zeros(2, 3)), ExampleOutput(torch.zeros(2, 3)), temperature)
+
+
+@pytest.mark.parametrize("temperature", [1e-18, 1e-6, 1e6, 1e18])
+def test_the_temperatures_at_the_ends_are_finite(temperature: float) -> None:
+    tensors = heads(9, 101, torch.float32, "cpu")
+    assert all(x.isfinite().all() for x in loss_and_gradients(soft_label_kl(*tensors, temperature), tensors))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_raises(index: int, grad: bool) -> None:
+    tensors = [None if x is None else x.detach() for x in heads(9, 101, torch.float32, "cpu")]
+
+    x = tensors[index]
+    assert x is not None
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        tensors[index] = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            soft_label_kl(*tensors)
 
 
 @pytest.mark.parametrize(("family", "head"), VOCABULARY_HEADS)

@@ -128,6 +128,13 @@ def test_an_occupied_folder_of_the_student_shows_before_the_assistant_is_trained
     assert not Path("out/assistant").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(command: CommandLine, teacher: str, data: str) -> None:
+    best = ["--load_best_model_at_end", "--save_strategy", "no", "--dry_run"]
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *RUN, *best)
+    assert code == 2
+    assert "load_best_model_at_end needs eval_strategy 'steps' or 'epoch'" in err
+
+
 def test_the_rule_of_the_paper_is_a_hint(command: CommandLine, teacher: str, data: str) -> None:
     _, out, _ = command("--teacher", teacher, "--data", data, "--output_dir", "out", *RUN)
     assert "hint       at most half the teacher's layers and width: " in out

@@ -44,7 +44,8 @@ def test_what_was_not_written_makes_no_error_at_the_end_either() -> None:
     code = "from minilm.terminal import patient_streams\nwith patient_streams():\n    print('a line')"
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, timeout=60, env=buffered)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
 

@@ -288,3 +288,19 @@ def test_a_resumed_end_gives_the_best_model_and_takes_no_step(tmp_path: Path) ->
     again = trainer(tmp_path / "epochs", save_steps=6, **epochs)
     again.train(resume_from_checkpoint=str(tmp_path / "epochs" / "checkpoint-6"))
     assert again.state.global_step == 6
+
+
+def test_a_temperature_out_of_range_is_told_before_training() -> None:
+    teacher = tiny_model("bert", "ForMaskedLM")
+    with pytest.raises(ValueError, match=r"temperature is 1e\+300: it must lie between"):
+        DistillationModel(teacher, MiniLMLoss(), 1.0, 1e300)
+
+
+def test_the_tokenizer_is_saved_as_it_was_given(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run")
+    run.processing_class.save_pretrained(tmp_path / "given")
+    run.train()
+    run.processing_class("ab cd", truncation=True, max_length=3, padding="max_length")
+    run.save_model(str(tmp_path / "saved"))
+    for file in (tmp_path / "given").iterdir():
+        assert file.read_bytes() == (tmp_path / "saved" / file.name).read_bytes()

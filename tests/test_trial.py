@@ -119,7 +119,7 @@ def test_a_teacher_with_nan_is_noticed_before_training(tmp_path: Path) -> None:
     run = made(tmp_path)
     with torch.no_grad():
         run.teacher.encoder.layer[3].attention.self.query.weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="NaN or infinity before any training: qk nan, loss nan, gradient nan"):
+    with pytest.raises(NonFiniteError, match=r"before any training: qk nan, .*; there are such weights in the teacher"):
         try_out(run)
 
 
