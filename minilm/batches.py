@@ -269,10 +269,11 @@ def _rounding(model: PreTrainedModel) -> float:
 
 @contextmanager
 def _narrow_window(model: PreTrainedModel) -> Iterator[None]:
-    config, window = base_of(model).config, getattr(base_of(model).config, "sliding_window", None)
     if not _has_window(model):
         yield
         return
+    config = base_of(model).config
+    window: int = config.sliding_window
     config.sliding_window = min(window, _TRIED_WINDOW)  # read at every forward, when masks are made
     try:
         yield

@@ -86,7 +86,8 @@ def moved_tokens(model: PreTrainedModel, inputs: Mapping[str, Any], position: in
     before, after = (
         last_hidden_state(model, {**inputs, "input_ids": ids})[0].float() for ids in (inputs["input_ids"], changed)
     )
-    return (after - before).norm(dim=-1) > _MOVED * before.norm(dim=-1)
+    moved: Tensor = (after - before).norm(dim=-1) > _MOVED * before.norm(dim=-1)
+    return moved
 
 
 def captured_and_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[QKV, Tensor]:
