@@ -81,8 +81,9 @@ def _beginnings(batch: Batch, token: Tensor) -> Tensor | None:
             begins[:, 1:] |= step != 1  # as transformers reads them
         else:  # behind padding or a hole positions may jump
             begins[:, 1:] |= (step < 1) & token[:, 1:] & token[:, :-1]
-            if begins.sum() == len(token):
-                return None
+        flattened = "attention_mask" not in batch and len(token) == 1
+        if begins.sum() == len(token) and not flattened:
+            return None
     else:
         return None
     return begins & token

@@ -248,10 +248,9 @@ def _student_config(
 
 def _kinds(teacher: PreTrainedModel, in_config: list[str]) -> list[str]:
     """Sliding or full attention, layer by layer: as a layer says itself, which it keeps where others were taken out."""
-    for path in _stacks(teacher, layers_of(teacher)):
-        stack = cast(nn.ModuleList, teacher.get_submodule(path))
-        return [getattr(layer, "attention_type", kind) for layer, kind in zip(stack, in_config, strict=False)]
-    return in_config
+    stacks = _stacks(teacher, layers_of(teacher))
+    layers = cast(nn.ModuleList, teacher.get_submodule(stacks[0])) if stacks else in_config
+    return [getattr(layer, "attention_type", kind) for layer, kind in zip(layers, in_config, strict=False)]
 
 
 def _head_dim(config: Any) -> int:

@@ -252,6 +252,8 @@ def test_positions_that_do_not_restart_are_left_alone() -> None:
         "labels": torch.full((2, 4), -100),
     }
     assert as_packed(padded) == {name: tensor for name, tensor in padded.items() if name != "labels"}
+    own = {"input_ids": torch.ones(2, 3, dtype=torch.long), "position_ids": torch.arange(3).expand(2, 3)}
+    assert as_packed(own) == own
     with pytest.raises(ValueError, match=r"cu_seq_lens_q ends at 3, the batch is \(1, 4\)"):
         as_packed({"input_ids": torch.ones(1, 4, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 2, 3])})
 
