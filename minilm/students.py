@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from minilm._capture import attention_qkv, resolve_layer
 from minilm._capture import num_layers as layers_of
 from minilm.outputs import forward_with_output
-from minilm.probes import base_of, evaluating, probe_inputs
+from minilm.probes import base_of, evaluating, probe_inputs, tried
 
 Init = Literal["auto", "random", "layers", "slice", "pca"]
 
@@ -129,10 +129,12 @@ def freeze_unused(
     used = set("".join(relations))
     with evaluating(student), torch.enable_grad():
         heads: tuple[Tensor | None, ...] = ()
-        if output:
-            qkv, heads = forward_with_output(student, probe_inputs(student))
-        else:
-            qkv = attention_qkv(student, probe_inputs(student))
+        inputs = probe_inputs(student)
+        with tried(student, f"run on {student.main_input_name} alone", but=(ValueError,)):
+            if output:
+                qkv, heads = forward_with_output(student, inputs)
+            else:
+                qkv = attention_qkv(student, inputs)
         reached = [tensor for name, tensor in zip("qkv", qkv, strict=True) if name in used]
         total = sum(tensor.float().sum() for tensor in (*reached, *heads) if tensor is not None)
     trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}

@@ -444,6 +444,13 @@ def test_a_gradient_that_is_cut_below_the_last_layer_is_an_error() -> None:
     assert freeze_unused(frozen)
 
 
+def test_a_model_that_needs_more_than_its_main_input_is_refused_in_a_sentence() -> None:
+    student = build_student(tiny_model("bert"))
+    student.register_forward_pre_hook(lambda *_: {}["bbox"])
+    with pytest.raises(ValueError, match=r"BertModel does not run on input_ids alone \(KeyError: 'bbox'\)$"):
+        freeze_unused(student)
+
+
 def test_lists_that_are_no_layers_keep_their_order() -> None:
     """Two convolutions, and two layers taken from four: the convolutions stay where they are."""
     teacher = tiny_model("wav2vec2")
