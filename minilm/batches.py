@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from minilm._capture import QKV
 from minilm.objectives import is_causal
 from minilm.packing import block_diagonal_mask
-from minilm.probes import base_of, captured_and_hidden, moved_tokens, random_tokens, reason
+from minilm.probes import base_of, captured_and_hidden, moved_tokens, random_tokens, tried
 
 Batch = Mapping[str, Tensor]
 FOR_THE_LOSS = ("sequence_ids", "cu_seqlens", "token_index", "prefix_lengths")
@@ -81,8 +81,9 @@ def _beginnings(batch: Batch, token: Tensor) -> Tensor | None:
             begins[:, 1:] |= step != 1  # as transformers reads them
         else:  # behind padding or a hole positions may jump
             begins[:, 1:] |= (step < 1) & token[:, 1:] & token[:, :-1]
-            if begins.sum() == len(token):
-                return None
+        flattened = "attention_mask" not in batch and len(token) == 1
+        if begins.sum() == len(token) and not flattened:
+            return None
     else:
         return None
     return begins & token
@@ -195,7 +196,7 @@ def check_batch(model: PreTrainedModel, kind: str, causal: bool) -> None:
 def check_packable(model: PreTrainedModel) -> bool:
     """Tries on two short sequences in a row whether the model computes what it makes of them one by one.
 
-    Returns whether it is causal.
+    Returns whether it is causal, which the mask of a packed row says.
 
     What is compared are q, k, v of its last layer and its output. Where layers see a window only, the trial also finds
     whether that takes in a token just as far away, with a window narrower than the sequences.
@@ -214,11 +215,8 @@ def check_packable(model: PreTrainedModel) -> bool:
     with _narrow_window(model):
         for inclusive in (not causal, causal) if _has_window(model) else (not causal,):
             _window_is_inclusive[key] = inclusive
-            try:
+            with tried(model, "take packed rows: leave out --packing"):
                 differences.append(_packed_against_alone(model, causal))
-            except Exception as error:  # whatever the model's own code raises
-                del _window_is_inclusive[key]
-                raise ValueError(f"{name} does not take packed rows ({reason(error)}): leave out --packing") from error
             if differences[-1] <= _rounding(model):
                 return causal
     del _window_is_inclusive[key]
@@ -234,18 +232,18 @@ def check_prefixes(model: PreTrainedModel) -> None:
     Raises:
         ValueError: they do not.
     """
-    base, name = base_of(model), type(model).__name__
+    base = base_of(model)
     tokens = random_tokens(base, 9)
     ids, prefix = tokens[None, :8], torch.tensor([4], device=tokens.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prefix_lengths": prefix}
-    try:
+    with tried(model, "take the mask of a prefix"):
         inputs = model_inputs(base, batch, True)
         last_of_prefix, behind = (bool(moved_tokens(base, inputs, at, tokens[8])[:3].any()) for at in (3, 4))
-    except Exception as error:  # whatever the model's own code raises
-        raise ValueError(f"{name} does not take the mask of a prefix ({reason(error)})") from error
     if behind or not last_of_prefix:
         seen = "also see" if behind else "do not see each other, nor"
-        raise ValueError(f"{name} does not keep to the mask of a prefix: its tokens {seen} what is behind it")
+        raise ValueError(
+            f"{type(model).__name__} does not keep to the mask of a prefix: its tokens {seen} what is behind it"
+        )
 
 
 def _packed_against_alone(model: PreTrainedModel, causal: bool) -> float:
@@ -269,10 +267,11 @@ def _rounding(model: PreTrainedModel) -> float:
 
 @contextmanager
 def _narrow_window(model: PreTrainedModel) -> Iterator[None]:
-    config, window = base_of(model).config, getattr(base_of(model).config, "sliding_window", None)
     if not _has_window(model):
         yield
         return
+    config = base_of(model).config
+    window: int = config.sliding_window
     config.sliding_window = min(window, _TRIED_WINDOW)  # read at every forward, when masks are made
     try:
         yield

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minilm.loss import MiniLMLoss
-from minilm.probes import base_of, moved_tokens, random_tokens, reason
+from minilm.probes import base_of, moved_tokens, random_tokens, tried
 from minilm.values import FLOAT32_MAX
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -82,19 +82,18 @@ def is_causal(model: PreTrainedModel) -> bool:
     Raises:
         ValueError: a model that looks ahead from some tokens only, or does not run on tokens alone.
     """
-    base, name = base_of(model), type(model).__name__
+    base = base_of(model)
     if base.main_input_name != "input_ids":
         return False
     tokens = random_tokens(base, 9)
     inputs = {"input_ids": tokens[None, :8], "attention_mask": torch.ones_like(tokens[None, :8])}
-    try:
+    with tried(model, "run on a few random tokens alone"):
         ahead = [bool(moved_tokens(base, inputs, at, tokens[8])[:at].any()) for at in (1, 6)]
-    except Exception as error:  # whatever the model's own code raises
-        raise ValueError(f"{name} does not run on a few random tokens alone ({reason(error)})") from error
     if ahead[0] != ahead[1]:
+        where = "early" if ahead[0] else "late"
         raise ValueError(
-            f"{name} looks ahead from {'early' if ahead[0] else 'late'} tokens only: its relations would be neither "
-            "causal nor free, and such masks are supported through prefix_lengths alone"
+            f"{type(model).__name__} looks ahead from {where} tokens only: its relations would be neither causal nor "
+            "free, and such masks are supported through prefix_lengths alone"
         )
     return not ahead[0]
 

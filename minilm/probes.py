@@ -69,6 +69,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def tried(model: PreTrainedModel, what: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """What the model's own code raises, `but` for some, becomes a `ValueError`: the model does not do `what`."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{type(model).__name__} does not {what} ({type(error).__name__}: {first})") from error
+
+
 @torch.no_grad()
 def last_hidden_state(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """(B, N, hidden_size), what the base model ends with, in eval mode."""
@@ -86,7 +98,8 @@ def moved_tokens(model: PreTrainedModel, inputs: Mapping[str, Any], position: in
     before, after = (
         last_hidden_state(model, {**inputs, "input_ids": ids})[0].float() for ids in (inputs["input_ids"], changed)
     )
-    return (after - before).norm(dim=-1) > _MOVED * before.norm(dim=-1)
+    moved: Tensor = (after - before).norm(dim=-1) > _MOVED * before.norm(dim=-1)
+    return moved
 
 
 def captured_and_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[QKV, Tensor]:
@@ -94,11 +107,6 @@ def captured_and_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tu
     with capture(base_of(model)) as captured:
         hidden = last_hidden_state(model, inputs)
     return captured[-1], hidden
-
-
-def reason(error: Exception) -> str:
-    """What went wrong inside a model, on one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def _pixels(config: Any) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from minilm._capture import attention_qkv, resolve_layer
 from minilm._capture import num_layers as layers_of
 from minilm.outputs import forward_with_output
-from minilm.probes import base_of, evaluating, probe_inputs
+from minilm.probes import base_of, evaluating, probe_inputs, tried
 
 Init = Literal["auto", "random", "layers", "slice", "pca"]
 
@@ -20,6 +20,7 @@ Init = Literal["auto", "random", "layers", "slice", "pca"]
 _FFN_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim")
 _WIDTH_FOLLOWERS = ("embedding_size", "pooler_output_size")  # follow hidden_size where they were equal to it
 _STAGES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")  # layers of a backbone
+_BY_LAYER = ("layer_types", "mlp_layer_types", "indexer_types", "no_rope_layers", "layers_block_type")
 _FUSED = {  # equal parts that a projection stacks in one weight
     "Wqkv": (3, "attention width"),
     "c_attn": (3, "attention width"),
@@ -82,7 +83,7 @@ def build_student(
             "a student is built of layers that are alike"
         )
     layers = _choose_layers(base, num_layers, teacher_layers)
-    config = _student_config(base.config, layers, hidden_size, num_heads, intermediate_size)
+    config = _student_config(base, layers, hidden_size, num_heads, intermediate_size)
 
     available, wanted = _widths(base.config), _widths(config)
     enough_layers = len(layers) <= layers_of(base)
@@ -128,10 +129,12 @@ def freeze_unused(
     used = set("".join(relations))
     with evaluating(student), torch.enable_grad():
         heads: tuple[Tensor | None, ...] = ()
-        if output:
-            qkv, heads = forward_with_output(student, probe_inputs(student))
-        else:
-            qkv = attention_qkv(student, probe_inputs(student))
+        inputs = probe_inputs(student)
+        with tried(student, f"run on {student.main_input_name} alone", but=(ValueError,)):
+            if output:
+                qkv, heads = forward_with_output(student, inputs)
+            else:
+                qkv = attention_qkv(student, inputs)
         reached = [tensor for name, tensor in zip("qkv", qkv, strict=True) if name in used]
         total = sum(tensor.float().sum() for tensor in (*reached, *heads) if tensor is not None)
     trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -212,9 +215,14 @@ def _choose_layers(teacher: PreTrainedModel, count: int | None, teacher_layers: 
 
 
 def _student_config(
-    teacher: Any, layers: list[int], hidden_size: int | None, num_heads: int | None, intermediate_size: int | None
+    base: PreTrainedModel,
+    layers: list[int],
+    hidden_size: int | None,
+    num_heads: int | None,
+    intermediate_size: int | None,
 ) -> Any:
     """A fresh config with the student's sizes (`to_dict` leaves out the attention implementation)."""
+    teacher: Any = base.config
     values = teacher.to_dict()
     for name in ("architectures", "dtype", "quantization_config", "_name_or_path", *_STAGES):
         values.pop(name, None)
@@ -248,9 +256,18 @@ def _student_config(
         values[ffn] = intermediate_size
     elif ffn is not None and values[ffn] is not None:
         values[ffn] = round(values[ffn] * width / teacher.hidden_size)
-    if values.get("layer_types"):  # sliding or full attention, layer by layer
-        values["layer_types"] = [teacher.layer_types[layer - 1] for layer in layers]
+    for name in _BY_LAYER:
+        if values.get(name):
+            of_teacher = _kinds(base, values[name]) if name == "layer_types" else values[name]
+            values[name] = [of_teacher[layer - 1] for layer in layers]
     return type(teacher).from_dict(values)
+
+
+def _kinds(teacher: PreTrainedModel, in_config: list[str]) -> list[str]:
+    """Sliding or full attention, layer by layer: as a layer says itself, which it keeps where others were taken out."""
+    stacks = _stacks(teacher, layers_of(teacher))
+    layers = cast(nn.ModuleList, teacher.get_submodule(stacks[0])) if stacks else in_config
+    return [getattr(layer, "attention_type", kind) for layer, kind in zip(layers, in_config, strict=False)]
 
 
 def _head_dim(config: Any) -> int:

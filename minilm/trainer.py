@@ -389,6 +389,11 @@ class DistillationTrainer(CheckpointingTrainer):
         """(loss, the batch's mean of each part (B, parts), their weights (B, parts)), as `_means` expects them."""
         inputs = self._checked(self._prepare_inputs(inputs))
         rows = len(next(iter(inputs.values())))
+        if "sequence_ids" in inputs and rows == 1 < self.args.per_device_eval_batch_size and self.args.world_size > 1:
+            raise ValueError(
+                f"flattened texts cannot be shared out evenly to {self.args.world_size} processes: evaluate with a "
+                "collator that pads, or with per_device_eval_batch_size 1"
+            )
         own = max(1, self._rows_not_repeated(rows))
         if own < rows:
             inputs = {name: tensor[:own] for name, tensor in inputs.items()}

@@ -83,6 +83,28 @@ def test_kind_of_attention_follows_the_teachers_layers() -> None:
     assert build_student(teacher, num_layers=5).config.layer_types == [*teacher.config.layer_types, "full_attention"]
 
 
+def test_layers_without_rotary_positions_follow_the_teachers() -> None:
+    assert tiny_model("smollm3").config.no_rope_layers == [1, 1, 1, 0]
+    assert build_student(tiny_model("smollm3"), num_layers=2).config.no_rope_layers == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "kept"),
+    [("bert", "encoder.layer", [1, 3]), ("modernbert", "layers", [0, 2]), ("modernbert", "layers", [0, 3])],
+)
+def test_layers_kept_in_place_are_what_a_student_gets(family: str, path: str, kept: list[int]) -> None:
+    """As in sentence-transformers' recipe; ModernBERT's layers keep their kind of attention."""
+    teacher = tiny_model(family)
+    parent, _, name = path.rpartition(".")
+    layers = nn.ModuleList([teacher.get_submodule(f"{path}.{index}") for index in kept])
+    setattr(teacher.get_submodule(parent), name, layers)
+    teacher.config.num_hidden_layers = 2
+    student = build_student(teacher, init="layers")
+    inputs = {"input_ids": torch.randint(5, 60, (2, 20), generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        torch.testing.assert_close(student.eval()(**inputs)[0], teacher(**inputs)[0])
+
+
 def assert_starts_from(student: PreTrainedModel, teacher: PreTrainedModel, path: str, layers: list[int]) -> None:
     """Every parameter equals the teacher's, of these layers, and lives in memory of its own."""
     given = dict(teacher.named_parameters())
@@ -420,6 +442,13 @@ def test_a_gradient_that_is_cut_below_the_last_layer_is_an_error() -> None:
     frozen = build_student(tiny_model("bert"))
     frozen.get_submodule("encoder.layer.0").requires_grad_(False)  # by the user
     assert freeze_unused(frozen)
+
+
+def test_a_model_that_needs_more_than_its_main_input_is_refused_in_a_sentence() -> None:
+    student = build_student(tiny_model("bert"))
+    student.register_forward_pre_hook(lambda *_: {}["bbox"])
+    with pytest.raises(ValueError, match=r"BertModel does not run on input_ids alone \(KeyError: 'bbox'\)$"):
+        freeze_unused(student)
 
 
 def test_lists_that_are_no_layers_keep_their_order() -> None:

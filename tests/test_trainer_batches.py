@@ -7,8 +7,9 @@ import pytest
 import torch
 from one_step import NO_DROPOUT, sequences, trainer
 from tiny_models import tiny_encoder, tiny_model
+from tiny_text import tiny_tokenizer
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, PreTrainedModel
+from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
 from minilm import MiniLMLoss
 from minilm.students import build_student
@@ -46,6 +47,37 @@ def test_a_flattened_step_is_the_padded_step(tmp_path: Path, family: str, told_b
     assert flat_loss == pytest.approx(loss, rel=1e-5)
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_output_loss_of_flattened_texts_is_that_of_padded_ones(tmp_path: Path) -> None:
+    teacher = tiny_model("llama", "ForCausalLM")
+    losses = []
+    for collator in (None, DataCollatorWithFlattening()):
+        run = DistillationTrainer(
+            teacher=teacher,
+            student=build_student(teacher, num_layers=2, init="random", seed=3, with_head=True),
+            criterion=MiniLMLoss({"qk": 1.0}, causal=True),
+            args=trainer(tmp_path).args,
+            train_dataset=sequences(),
+            eval_dataset=sequences(),
+            data_collator=collator or DataCollatorWithPadding(tiny_tokenizer()),
+            output_weight=1.0,
+        )
+        losses.append(run.evaluate())
+    for part in ("loss", "qk", "output"):
+        assert losses[1][f"eval_{part}"] == pytest.approx(losses[0][f"eval_{part}"], rel=1e-5)
+
+
+def test_flattened_texts_are_not_evaluated_by_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate would fill the last batch up with texts that it cannot take off again."""
+    run = trainer(tmp_path, teacher=tiny_model("llama"), criterion=MiniLMLoss(causal=True))
+    flat = DataCollatorWithFlattening()([{"input_ids": row["input_ids"]} for row in sequences()])
+    assert run.prediction_step(run.model, dict(flat), True)[0] > 0
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="flattened texts cannot be shared out evenly to 2 processes"):
+        run.prediction_step(run.model, dict(flat), True)
 
 
 @pytest.mark.parametrize(
