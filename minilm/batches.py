@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from minilm._capture import QKV
 from minilm.objectives import is_causal
 from minilm.packing import block_diagonal_mask
-from minilm.probes import base_of, captured_and_hidden, moved_tokens, random_tokens, tried
+from minilm.probes import base_of, captured_and_hidden, model_tried, moved_tokens, random_tokens
 
 Batch = Mapping[str, Tensor]
 FOR_THE_LOSS = ("sequence_ids", "cu_seqlens", "token_index", "prefix_lengths")
@@ -215,7 +215,7 @@ def check_packable(model: PreTrainedModel) -> bool:
     with _narrow_window(model):
         for inclusive in (not causal, causal) if _has_window(model) else (not causal,):
             _window_is_inclusive[key] = inclusive
-            with tried(model, "take packed rows: leave out --packing"):
+            with model_tried(model, "take packed rows: leave out --packing"):
                 differences.append(_packed_against_alone(model, causal))
             if differences[-1] <= _rounding(model):
                 return causal
@@ -236,7 +236,7 @@ def check_prefixes(model: PreTrainedModel) -> None:
     tokens = random_tokens(base, 9)
     ids, prefix = tokens[None, :8], torch.tensor([4], device=tokens.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prefix_lengths": prefix}
-    with tried(model, "take the mask of a prefix"):
+    with model_tried(model, "take the mask of a prefix"):
         inputs = model_inputs(base, batch, True)
         last_of_prefix, behind = (bool(moved_tokens(base, inputs, at, tokens[8])[:3].any()) for at in (3, 4))
     if behind or not last_of_prefix:

@@ -25,7 +25,7 @@ from minilm.inputs import load_inputs
 from minilm.loss import MiniLMLoss
 from minilm.objectives import build_objective, is_causal, parse_relations
 from minilm.outputs import check_output, has_vocabulary_head
-from minilm.probes import base_of, check_no_films, probe_inputs, tried
+from minilm.probes import base_of, check_no_films, model_tried, probe_inputs
 from minilm.rehearsal import rehearsal_arguments, rehearse
 from minilm.report import METRICS, Metrics, overview, write_report
 from minilm.runs import check_same_run, starting_point
@@ -268,7 +268,7 @@ def _probe(
     teacher: PreTrainedModel, student: PreTrainedModel, teacher_layer: int, device: torch.device
 ) -> tuple[QKV, QKV]:
     """q, k, v of both models for the shortest input: what shapes they have, and that capture sees them."""
-    with torch.no_grad(), tried(teacher, f"run on {teacher.main_input_name} alone", but=(ValueError,)):
+    with torch.no_grad(), model_tried(teacher, f"run on {teacher.main_input_name} alone", but=(ValueError,)):
         teacher.to(device)  # type: ignore[arg-type]
         student.to(device)  # type: ignore[arg-type]
         return (

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minilm.loss import MiniLMLoss
-from minilm.probes import base_of, moved_tokens, random_tokens, tried
+from minilm.probes import base_of, model_tried, moved_tokens, random_tokens
 from minilm.values import FLOAT32_MAX
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -87,7 +87,7 @@ def is_causal(model: PreTrainedModel) -> bool:
         return False
     tokens = random_tokens(base, 9)
     inputs = {"input_ids": tokens[None, :8], "attention_mask": torch.ones_like(tokens[None, :8])}
-    with tried(model, "run on a few random tokens alone"):
+    with model_tried(model, "run on a few random tokens alone"):
         ahead = [bool(moved_tokens(base, inputs, at, tokens[8])[:at].any()) for at in (1, 6)]
     if ahead[0] != ahead[1]:
         where = "early" if ahead[0] else "late"

@@ -70,7 +70,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tried(model: PreTrainedModel, what: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def model_tried(model: PreTrainedModel, what: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """What the model's own code raises, `but` for some, becomes a `ValueError`: the model does not do `what`."""
     try:
         yield

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from minilm._capture import attention_qkv, resolve_layer
 from minilm._capture import num_layers as layers_of
 from minilm.outputs import forward_with_output
-from minilm.probes import base_of, evaluating, probe_inputs, tried
+from minilm.probes import base_of, evaluating, model_tried, probe_inputs
 
 Init = Literal["auto", "random", "layers", "slice", "pca"]
 
@@ -130,7 +130,7 @@ def freeze_unused(
     with evaluating(student), torch.enable_grad():
         heads: tuple[Tensor | None, ...] = ()
         inputs = probe_inputs(student)
-        with tried(student, f"run on {student.main_input_name} alone", but=(ValueError,)):
+        with model_tried(student, f"run on {student.main_input_name} alone", but=(ValueError,)):
             if output:
                 qkv, heads = forward_with_output(student, inputs)
             else:
