@@ -295,10 +295,14 @@ def _no_json(name: str, value: str) -> str | None:
         if not Path(value).is_file():
             return f"--{name} is {value!r}: there is no such file"
     try:
-        json.loads(value if value.startswith("{") else Path(value).read_bytes())
+        json.loads(value if value.startswith("{") else Path(value).read_bytes(), parse_constant=_no_number)
     except (ValueError, OSError) as error:
         return f"--{name} is {value!r}, which cannot be read as JSON: {error}"
     return None
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number in JSON")
 
 
 def _is_unicode(argument: str) -> bool:

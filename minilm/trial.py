@@ -2,7 +2,7 @@
 
 transformers looks at many of its arguments only when they are used: at the first step, after hours at the first
 evaluation, or at the end. So everything that they choose is built here: the loaders with a batch of each, a forward and
-a backward, the optimiser, the schedule, the compiler. Weights, buffers, random state and the order of the data stay as
+a backward, the optimiser, the schedule. Weights, buffers, random state and the order of the data stay as
 they were, so a run is bit by bit what it would have been.
 """
 
@@ -51,7 +51,8 @@ def try_out(trainer: DistillationTrainer) -> None:
             batch = {name: x[:rows] for name, x in heldout.items()} if is_stream else _first_batch(loader)
         if args.torch_compile:
             with tried(f"cannot compile with {_flags(args, 'torch_compile_backend', 'torch_compile_mode')}"):
-                _compile(trainer)
+                # As accelerate will, but never called: compiling takes long, here only the mode is looked at.
+                torch.compile(torch.nn.Identity(), **trainer.accelerator.state.dynamo_plugin.to_kwargs())
         if not wrapped and not args.auto_find_batch_size:  # which is there to try what may not fit
             with tried(f"cannot train on a batch of {args.per_device_train_batch_size}"):
                 _forward_and_backward(trainer, batch)
@@ -104,12 +105,6 @@ def _first_batch(loader: DataLoader[Any]) -> Batch:
     if isinstance(loader, DataLoaderStateMixin):
         loader.end()  # accelerate takes a loader that was left early for the one in use
     return batch
-
-
-def _compile(trainer: DistillationTrainer) -> None:
-    """A layer as accelerate compiles the model: whether the mode is known, and the compiler's own tools are there."""
-    layer = torch.nn.Linear(2, 2, device=trainer.args.device)
-    torch.compile(layer, **trainer.accelerator.state.dynamo_plugin.to_kwargs())(layer.weight)
 
 
 def _forward_and_backward(trainer: DistillationTrainer, batch: Batch) -> None:

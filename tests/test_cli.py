@@ -278,6 +278,7 @@ def test_values_that_no_flag_takes(command: CommandLine, teacher: str, data: str
     fails("--deepspeed is 'none.json': there is no such file", "--deepspeed", "none.json")
     fails("--fsdp_config is 'a.txt', which cannot be read as JSON: Expecting value", "--fsdp_config", "a.txt")
     fails("""--lr_scheduler_kwargs is '{"x"', which cannot be read as JSON""", "--lr_scheduler_kwargs", '{"x"')
+    fails("which cannot be read as JSON: NaN is no number in JSON", "--lr_scheduler_kwargs", '{"min_lr": NaN}')
     fails("""is 'x': it must be JSON, as in '{"name": 1}'""", "--lr_scheduler_kwargs", "x")
     fails("TypeError: AcceleratorConfig.__init__() got an unexpected", "--accelerator_config", '{"foo": 1}')
     fails("At most one of fp16 and bf16", "--bf16", "--fp16")
