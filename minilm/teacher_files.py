@@ -5,17 +5,22 @@ Looked at only after loading has failed, so that a start that succeeds pays noth
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import transformers
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 _FOREIGN = {  # weights that transformers 5 does not load, by their files
     "*.gguf": "GGUF",
     "*.onnx": "ONNX",
@@ -26,19 +31,23 @@ _FOREIGN = {  # weights that transformers 5 does not load, by their files
 }
 
 
-def explain(name: str, error: Exception) -> str:
-    """Why `name` did not load, as the rest of a sentence: what its files tell, else the first line of the error."""
-    path = Path(name)
-    if path.is_file():
-        return f"it is a file: name the folder that holds it, --teacher {path.parent}"
-    if path.is_dir() and (fault := next(_faults(path), None)):
+def explain(name: str, error: Exception, part: str = "") -> str:
+    """Why `name`, or that part of it, did not load, as the rest of a sentence: by its files, else the error's words."""
+    if os.path.isfile(name):  # unlike a Path's, it says no to a name that the system does not take
+        return f"it is a file: name the folder that holds it, --teacher {Path(name).parent}"
+    if os.path.isdir(name) and (fault := next(_faults(Path(name)), None)):
         return fault
+    if part == "tokenizer" and os.path.isdir(name) and not any(map(list, map(Path(name).glob, _TOKENIZERS))):
+        return "no tokenizer's files are there: save the one that it was trained with in that folder"
+    if isinstance(error, UnpicklingError):
+        return "pytorch_model.bin runs code when it is read, which is never done: save its weights as model.safetensors"
     return first_line(error)
 
 
 def first_line(error: Exception) -> str:
     """An error of a foreign library in one line, with its type where that tells more than the words."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     told = isinstance(error, OSError | ValueError | ImportError | RuntimeError) and line
     return line if told else f"{type(error).__name__} {line}".strip()
 
@@ -50,8 +59,10 @@ def _faults(folder: Path) -> Iterator[str]:
 
 
 def _broken(folder: Path) -> Iterator[str]:
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        if path.suffix not in (".json", ".safetensors", ".bin", ".model"):
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            yield f"{path.name} is a link to {path.readlink()}, which is not there"
+        if not path.is_file() or path.suffix not in (".json", ".safetensors", ".bin", ".model"):
             continue
         if not os.access(path, os.R_OK):
             yield f"{path.name} may not be read: permission denied"
@@ -67,6 +78,10 @@ def _broken(folder: Path) -> Iterator[str]:
             yield from _no_safetensors(path, size)
         elif path.suffix == ".bin" and not _starts_with(path, b"PK\x03\x04", b"\x80"):  # a zip or, older, a pickle
             yield f"{path.name} ({size:,} bytes) holds no weights that PyTorch has saved"
+        elif (
+            path.suffix == ".bin" and _starts_with(path, b"PK") and not is_zipfile(path)
+        ):  # its directory is at the end
+            yield f"{path.name} ends after {size:,} bytes, before its end: is its download complete?"
 
 
 def _no_json(path: Path) -> Iterator[str]:
@@ -77,9 +92,14 @@ def _no_json(path: Path) -> Iterator[str]:
         return
     if not isinstance(content, dict):
         return  # which of them may be lists is theirs to know
-    for shard in sorted(set(_dict(content, "weight_map").values())):
-        if path.name.endswith(".index.json") and not (path.parent / str(shard)).is_file():
-            yield f"{path.name} names {shard}, which is not there"
+    if path.name.endswith(".index.json"):
+        shards = content.get("weight_map")
+        if not isinstance(shards, dict):
+            yield f"{path.name} has no weight_map"
+            return
+        for shard in sorted(set(map(str, shards.values()))):
+            if not (path.parent / shard).is_file():
+                yield f"{path.name} names {shard}, which is not there"
     if path.name == "tokenizer.json":
         try:
             Tokenizer.from_file(str(path))
@@ -193,8 +213,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _dict(content: dict[str, Any], key: str) -> dict[str, Any]:
-    value = content.get(key)
-    return value if isinstance(value, dict) else {}

@@ -2,10 +2,10 @@
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -76,7 +76,7 @@ def read_teacher(name: str, *, head: bool = False) -> Teacher:
             one whose output for a text depends on its padding.
     """
     with _in_a_sentence(name), quiet():
-        if (Path(name) / "adapter_config.json").is_file():
+        if os.path.isfile(os.path.join(name, "adapter_config.json")):
             raise ValueError("an adapter")  # which transformers would load with another model below it
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     _check_kind(name, config)
@@ -96,7 +96,7 @@ def read_teacher(name: str, *, head: bool = False) -> Teacher:
             "texts or images"
         )
     images = model.main_input_name == "pixel_values"
-    with _in_a_sentence(name, "its image processor: " if images else "its tokenizer: "), quiet():
+    with _in_a_sentence(name, "image processor" if images else "tokenizer"), quiet():
         processor = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
     saved = copy.deepcopy(processor)
     if not images:
@@ -146,8 +146,9 @@ def _in_a_sentence(name: str, part: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        here = "" if Path(name).exists() else ", which is no folder here, from the hub"
-        raise ValueError(f"cannot load the teacher {name!r}{here}: {part}{explain(name, error)}") from error
+        of_part = f"its {part}: " if part else ""
+        here = "" if os.path.exists(name) else ", which is no folder here, from the hub"
+        raise ValueError(f"cannot load the teacher {name!r}{here}: {of_part}{explain(name, error, part)}") from error
 
 
 class _NoHeadError(ValueError):
@@ -228,8 +229,7 @@ def _is_of_body(key: str, model: PreTrainedModel) -> bool:
     top = inner.partition(".")[0]
     if top == "pooler" or _NOT_WEIGHTS.search(key):
         return False
-    own = {name.partition(".")[0] for name in model.base_model.state_dict()}
-    return key.startswith(prefix) or top in own
+    return key.startswith(prefix) or hasattr(model.base_model, top)
 
 
 def _and_others(found: list[Any]) -> str:

@@ -239,6 +239,7 @@ def test_the_temperatures_at_the_ends_are_finite(temperature: float) -> None:
     assert all(x.isfinite().all() for x in loss_and_gradients(soft_label_kl(*tensors, temperature), tensors))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # PyTorch's own, of its forward-mode rules
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("grad", [True, False])
 def test_forward_mode_raises(index: int, grad: bool) -> None:

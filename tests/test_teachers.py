@@ -207,6 +207,9 @@ def test_weights_that_the_class_does_not_take(family: str, saved_as: str, added:
 
 def test_fewer_layers_in_the_config_than_in_the_weights(tmp_path: Path) -> None:
     folder = save(tmp_path, "bert", "ForMaskedLM")
+    change_config(folder, num_hidden_layers=-1)  # none at all
+    with pytest.raises(ValueError, match=r"does not take, bert\.encoder\.layer\.0\.\S+ for one \(of 64\)"):
+        load_teacher(folder)
     change_config(folder, num_hidden_layers=3)
     for head in (False, True):
         with pytest.raises(ValueError, match=r"does not take, bert\.encoder\.layer\.3\.\S+ for one \(of 16\)"):
@@ -276,6 +279,19 @@ def set_config(**values: Any) -> Callable[[Path], None]:
     return lambda folder: change_config(str(folder), **values)
 
 
+class Harmful:
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("code of a checkpoint was run",)
+
+
+def as_bin(content: Any) -> Callable[[Path], None]:
+    return in_turn(remove("model.safetensors"), lambda folder: torch.save(content, folder / "pytorch_model.bin"))
+
+
+def cut_bin(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:800])
+
+
 BROKEN = {
     "lfs": (write("model.safetensors", POINTER), r"model\.safetensors is a Git LFS pointer of \d+ bytes.*git lfs pull"),
     "lfs-tokenizer": (write("tokenizer.json", POINTER), r"its tokenizer: tokenizer\.json is a Git LFS pointer"),
@@ -302,6 +318,16 @@ BROKEN = {
         ),
         r"index\.json names m-00001-of-00002\.safetensors, which is not there",
     ),
+    "index": (
+        in_turn(remove("model.safetensors"), write("model.safetensors.index.json", "{}")),
+        r"model\.safetensors\.index\.json has no weight_map",
+    ),
+    "link": (
+        in_turn(remove("model.safetensors"), lambda folder: (folder / "model.safetensors").symlink_to("../blob")),
+        r"model\.safetensors is a link to \.\./blob, which is not there",
+    ),
+    "cut-bin": (in_turn(as_bin({"a": torch.zeros(9)}), cut_bin), r"pytorch_model\.bin ends after \d+ bytes, before"),
+    "pickled-code": (as_bin({"a": Harmful()}), r"pytorch_model\.bin runs code when it is read, which is never done"),
     "config": (write("config.json", '{"model_type": "bert",'), r"config\.json is no JSON: .*line 1"),
     "config-list": (write("config.json", "[]"), r"its config\.json names no model_type"),
     "tokenizer": (write("tokenizer.json", "{}"), r"its tokenizer: tokenizer\.json holds no tokenizer: "),
@@ -360,6 +386,18 @@ def test_the_folder_to_name_instead(tmp_path: Path) -> None:
     )
     weights = sentence / "0_Transformer" / "model.safetensors"
     assert told(weights).endswith(f"it is a file: name the folder that holds it, --teacher {weights.parent}")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", " ", "two/slashes/here"])
+def test_names_of_nothing(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^cannot load the teacher .* which is no folder here, from the hub: \w"):
+        load_teacher(name)
+
+
+def test_a_llama_without_a_tokenizer(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its tokenizer: no tokenizer's files are there: save the one"):
+        load_teacher(str(tmp_path))
 
 
 def test_models_of_several_parts(tmp_path: Path) -> None:
