@@ -11,6 +11,7 @@ B batch, H heads, H_kv heads of key and value (fewer than H in grouped-query att
 import copy
 import functools
 import inspect
+import math
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +28,24 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 def num_layers(model_or_config: Any) -> int:
-    """Number of Transformer layers. Raises `ValueError` where the config does not say (several Transformers in one)."""
+    """Number of Transformer layers, as the config counts them.
+
+    Raises `ValueError` where it does not say (several Transformers in one).
+    """
     config = getattr(model_or_config, "config", model_or_config)
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = getattr(config, _layers_name(model_or_config), None)
     if not isinstance(layers, int):
         raise ValueError(f"{type(config).__name__} has no num_hidden_layers: pass one Transformer of the model")
     return layers
+
+
+def _layers_name(model_or_config: Any) -> str:
+    """Where the config counts the layers: of an encoder-decoder's config, num_hidden_layers are the encoder's."""
+    config, name = getattr(model_or_config, "config", None), type(model_or_config).__name__
+    is_decoder = isinstance(getattr(config, "decoder_layers", None), int) and (
+        "Decoder" in name or name.endswith("ForCausalLM")
+    )
+    return "decoder_layers" if is_decoder else "num_hidden_layers"
 
 
 def resolve_layer(model_or_config: Any, layer: int) -> int:
@@ -51,16 +64,24 @@ def capture(model: PreTrainedModel, layers: Sequence[int] = (-1,), *, stop: bool
             teacher(**inputs)
         q, k, v = captured[21]      # (B, H, N, D), (B, H_kv, N, D), (B, H_kv, N, D), in the dtype the model computes in
 
-    The keys of `captured` are the layers as named in `layers` (1 is the bottom, -1 the last). The tensors are those
-    that the model computes, views where it made views, in its graph. Its outputs do not change. Of several forwards the
-    last counts; a decoder that fills a cache hands out copies of k and v (call it with `use_cache=False`).
+    softmax(q kᵀ/√D) is the model's own attention, but for its mask, window, additive bias (T5, Swin), softcap (Gemma 2)
+    and sinks. Where the model's scale is 1/√D the tensors are those that it computes, views where it made views; where
+    it is another (Whisper and ESM scale q beforehand, T5 never, Gemma and Granite by a constant of their config),
+    scale·√D is multiplied into q. All are in the model's graph. Under autocast they have its dtype, as the attention
+    core would get them. The model's outputs do not change.
+
+    The keys of `captured` are the layers as named in `layers` (1 is the bottom, -1 the last). A layer's number is its
+    place among the layers that the model holds now, whatever it was when the model was made; ALBERT's count as they
+    run. Of several forwards the last counts; a decoder that fills a cache hands out copies of k and v (call it with
+    `use_cache=False`). A compiled model runs compiled, with the capture in its graph.
 
     With `stop=True` the forward ends right after the projections of the highest wanted layer: no attention core, no
     FFN, no higher layer, no output. What stands behind the model's call inside the block is then not run.
 
     Raises `TypeError` for anything but a transformers model (unwrap DDP and the like), and `ValueError` for a layer
-    that does not exist, an encoder-decoder, reentrant gradient checkpointing, and, on leaving the block, where the
-    attention of a wanted layer was not seen.
+    that does not exist, an encoder-decoder, a config that counts other layers than the model holds, several
+    self-attentions in one layer (Swin, ALBERT with inner_group_num above 1), layerdrop in training mode, reentrant
+    gradient checkpointing, and, on leaving the block, where the attention of a wanted layer was not seen.
     """
     recorder = _Recorder(model, layers, stop)
     _switch(recorder.configs)
@@ -82,7 +103,7 @@ def attention_qkv(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: i
 
     Gradients flow if they are enabled. Raises as `capture` does.
     """
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    takes_cache = "use_cache" in inspect.signature(_unwrap(model).forward).parameters
     with capture(model, (layer,), stop=True) as captured:
         model(**{**inputs, "use_cache": False} if takes_cache else inputs)
     return captured[layer]
@@ -105,50 +126,147 @@ class _Recorder:
     """What one `capture` wants of one model, and what it has got."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], stop: bool) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"capture takes a transformers model (PreTrainedModel), got {type(model).__name__}")
-        name = type(model).__name__
+        model = _unwrap(model)
         if model.config.is_encoder_decoder and hasattr(model.base_model, "decoder"):
+            name = type(model).__name__
             raise ValueError(f"{name} is an encoder-decoder: capture model.get_encoder() or model.get_decoder()")
-        self.num_layers = num_layers(model)
         self.wanted = {layer: resolve_layer(model, layer) for layer in layers}
         if not self.wanted:
-            raise ValueError(f"layers is {layers!r}: name at least one layer of 1 to {self.num_layers}")
-        modules = list(model.modules())
-        _refuse_reentrant_checkpointing(modules)
-        self.model_type = model.config.model_type
+            raise ValueError(f"layers is {layers!r}: name at least one layer of 1 to {num_layers(model)}")
+        self.model = model
+        self.modules = list(model.modules())
+        _refuse_reentrant_checkpointing(self.modules)
+        _refuse_layerdrop(model)
+        self.places, self.several = _places(model, self.modules)
         self.stop_at = max(self.wanted.values()) if stop else None
-        self.modules = {id(module) for module in modules}
-        self.configs = _configs(modules)
+        self.configs = _configs(self.modules)
         self.captured: dict[int, QKV] = {}
         self._owners: dict[int, int] = {}
-        self._calls = 0
+        self._calls: dict[int, int] = {}
         self._graph_task = _graph_task()
 
-    def take(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    def take(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
         """Keep the tensors if the layer is wanted; true where the forward shall end."""
         # Gradient checkpointing runs layers again, inside a backward that this capture was not entered in.
-        if id(module) not in self.modules or _graph_task() != self._graph_task:
+        if id(module) not in self.places or _graph_task() != self._graph_task:
             return False
-        index = getattr(module, "layer_idx", None)
-        if index is None:  # ViT numbers nothing, ALBERT runs one module L times
-            index = self._calls % self.num_layers
-            self._calls += 1
-        layer = index + 1
+        if id(module) in self.several:
+            raise ValueError(
+                f"{type(self.model).__name__} has several attentions ({type(module).__name__}) in each of the "
+                f"{num_layers(self.model)} layers that its config counts, by stage or by group: no number names one"
+            )
+        places = self.places[id(module)]
+        call = self._calls.get(id(module), 0)
+        self._calls[id(module)] = call + 1
+        layer = places[call % len(places)]
         if self._owners.setdefault(layer, id(module)) != id(module):
             return False  # the layer's cross-attention, which comes after its self-attention
         for name, wanted in self.wanted.items():
             if wanted == layer:
-                self.captured[name] = (query, key, value)
+                self.captured[name] = _as_the_core_gets_them(_fold(query, scaling), key, value)
         return layer == self.stop_at
 
     def check_complete(self) -> None:
         missing = [name for name in self.wanted if name not in self.captured]
-        if missing:
-            raise ValueError(
-                f"no attention of layers {missing} was seen: either no forward ran inside capture, or models of type "
-                f"{self.model_type!r} do not compute it through transformers' AttentionInterface"
-            )
+        if not missing:
+            return
+        layer = self.wanted[missing[0]]
+        inside = [module for module in self.modules if layer in self.places.get(id(module), ())]
+        if not any(map(_reads_interface, inside)):
+            raise ValueError(f"no attention of layers {missing} was seen: {_computes_by_itself(self.model, inside)}")
+        name = type(self.model).__name__
+        if not self._owners:
+            raise ValueError(f"no attention of layers {missing} was seen: no forward of {name} ran inside capture")
+        ran = sorted(self._owners)
+        raise ValueError(f"no attention of layers {missing} was seen: the forward of {name} ran that of layers {ran}")
+
+
+def _unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model within a compiled one."""
+    original = getattr(model, "_orig_mod", model)
+    if isinstance(original, PreTrainedModel):
+        return original
+    name = type(original).__name__
+    wrapped = getattr(original, "module", None)
+    hint = ""
+    if isinstance(wrapped, PreTrainedModel):
+        hint = f": wrap a module in {name} whose forward captures the model, as DistillationModel's does"
+    raise TypeError(f"capture takes a transformers model (PreTrainedModel), got {name}{hint}")
+
+
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
+def _places(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[int, tuple[int, ...]], set[int]]:
+    """For the id of each module within a layer, that layer's number, or numbers in the order in which it runs as them.
+
+    Also the ids of modules that have their like in the same layer. The layers are the outermost lists that are as long as the
+    config says; ALBERT's groups of layers run one after another, each as often as its share.
+    """
+    count = num_layers(model)
+    groups: int = getattr(model.config, "num_hidden_groups", count)
+    runs = [[layer + 1 for layer in range(count) if int(layer / (count / groups)) == group] for group in range(groups)]
+    places: dict[int, tuple[int, ...]] = {}
+    several: set[int] = set()
+    for layers in modules:
+        if not isinstance(layers, _LISTS) or len(layers) != groups or id(layers) in places:
+            continue
+        own: dict[int, list[int]] = {}
+        for layer, numbers in zip(layers, runs, strict=True):
+            for module in layer.modules():
+                own.setdefault(id(module), []).extend(numbers)
+                if isinstance(module, _LISTS) and len({type(member) for member in module}) < len(module):
+                    several.update(id(inner) for member in module for inner in member.modules())
+        for module_id, found in own.items():
+            places.setdefault(module_id, tuple(found))
+    if not places:
+        raise ValueError(_other_count(model, modules))
+    return places, several
+
+
+def _other_count(model: PreTrainedModel, modules: list[nn.Module]) -> str:
+    if not any(map(_reads_interface, modules)):
+        return f"no attention can be seen: {_computes_by_itself(model, modules)}"
+    name, counted = type(model).__name__, _layers_name(model)
+    held: dict[str, int] = {}
+    for path, layers in model.named_modules():
+        inside = any(path.startswith(outer + ".") for outer in held)
+        if isinstance(layers, _LISTS) and not inside and any(map(_reads_interface, layers.modules())):
+            held[path] = len(layers)
+    found = " and ".join(f"{length} in {path}" for path, length in held.items()) or "no list of them"
+    hint = f": set model.config.{counted} = {next(iter(held.values()))}" if len(held) == 1 else ""
+    return f"{name} counts {num_layers(model)} layers in its config ({counted}) and holds {found}{hint}"
+
+
+def _reads_interface(module: nn.Module) -> bool:
+    forward: Any = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
+def _computes_by_itself(model: PreTrainedModel, modules: list[nn.Module]) -> str:
+    attentions = [type(module).__name__ for module in modules if "Attention" in type(module).__name__]
+    if not attentions:
+        return f"{type(model).__name__} has none there, its layer is a {type(modules[0]).__name__}"
+    return (
+        f"{attentions[-1]} of models of type {model.config.model_type!r} computes attention by itself, "
+        "not through transformers' AttentionInterface"
+    )
+
+
+def _fold(query: Tensor, scaling: float | None) -> Tensor:
+    """q such that q kᵀ/√D are the scores of attention functions that take `scaling`, None for 1/√D."""
+    factor = 1.0 if scaling is None else scaling * math.sqrt(query.shape[-1])
+    return query if math.isclose(factor, 1.0, rel_tol=1e-6) else query * factor
+
+
+def _as_the_core_gets_them(*tensors: Tensor) -> QKV:
+    """Autocast casts the operands of every attention core, and rotary position leaves q and k in float32."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+    query, key, value = tensors
+    return query, key, value
 
 
 class _Active(threading.local):
@@ -172,7 +290,7 @@ def _attend(
     """The registered attention function: record, then stop or do what the model would have done."""
     stopping = None
     for recorder in _active.recorders:
-        if recorder.take(module, query, key, value):
+        if recorder.take(module, query, key, value, kwargs.get("scaling")):
             stopping = recorder
     if stopping is not None:
         raise _StopForward(stopping)
@@ -265,4 +383,21 @@ def _refuse_reentrant_checkpointing(modules: list[nn.Module]) -> None:
             raise ValueError(
                 "reentrant checkpointing gives captured tensors no gradient: "
                 'enable gradient checkpointing with {"use_reentrant": False}, it has {"use_reentrant": True}'
+            )
+
+
+def _refuse_layerdrop(model: PreTrainedModel) -> None:
+    """Some read the probability from their config, others keep their own."""
+    if not model.training:
+        return
+    kept = {
+        f"{path}.layerdrop".lstrip("."): module.__dict__["layerdrop"]
+        for path, module in model.named_modules()
+        if "layerdrop" in module.__dict__
+    }
+    for where, probability in (kept or {"config.layerdrop": getattr(model.config, "layerdrop", 0.0)}).items():
+        if probability:
+            raise ValueError(
+                f"{type(model).__name__} in training mode leaves out whole layers at random: "
+                f"set model.{where} = 0.0, it is {probability}"
             )
