@@ -1,9 +1,9 @@
 """What the training arguments ask for, tried once before work starts.
 
 transformers looks at many of its arguments only when they are used: at the first step, after hours at the first
-evaluation, or at the end. So everything that they choose is built here: the loaders with a batch of each, a forward and
-a backward, the optimiser, the schedule. Weights, buffers, random state and the order of the data stay as
-they were, so a run is bit by bit what it would have been.
+evaluation, or at the end. So what they choose is built here: the loaders with a batch of each, a forward and a
+backward, the optimiser, the schedule. Weights, buffers, random state and the order of the data stay as they were, so a
+run is bit by bit what it would have been.
 """
 
 import math

@@ -61,7 +61,7 @@ def _broken(field: Field[Any], number: Any) -> str | None:
     name, negative = field.name, isinstance(field.default, int | float) and field.default < 0
     sign = "positive" if name in POSITIVE | TEMPERATURES else "" if negative else "not negative"
     below = {"positive": number <= 0, "not negative": number < 0, "": False}[sign]
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         return f"must be finite{sign and f' and {sign}'}"
     if below:
         if isinstance(number, float):

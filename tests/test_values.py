@@ -51,6 +51,7 @@ def test_no_number_is_negative_unless_its_default_is() -> None:
         ("student_num_layers", 1001, 1000, "must be at most 1000"),
         ("data_seed", -1, 2**32, "must not be negative"),
         ("data_seed", 2**70, 2**63 - 1, f"must be at most {2**63 - 1}"),
+        ("teacher_layer", 10**400, -1, f"must be at most {2**63 - 1}"),  # no float is as large
         ("seed", 2**32, 2**32 - 1, f"must be at most {2**32 - 1}"),
         ("adam_beta1", 1.0, 0.0, "must be below 1"),
         ("max_steps", 0, -1, "must be at least 1, or -1 to go by num_train_epochs"),
