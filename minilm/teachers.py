@@ -165,7 +165,7 @@ def _check_kind(name: str, config: Any) -> None:
             "half: name a model that is an encoder or a decoder alone, or distil model.get_encoder() in Python with "
             "attention_qkv and fused_minilm_loss"
         )
-    if len(parts) > 1 and not hasattr(config, "hidden_size"):
+    if len(parts) > 1 and ("text_config" in parts or not hasattr(config, "hidden_size")):
         raise ValueError(
             f"the teacher {name!r} is several models in one ({config.model_type}: {', '.join(parts)}): save the one to "
             "distil with its tokenizer or image processor in a folder of its own, and name that"
@@ -213,8 +213,11 @@ def _check_missing(name: str, model: PreTrainedModel, missing_keys: Iterable[str
     if of_head:
         raise _NoHeadError(name, f"its weights lack {of_head[0]}")
     if missing:
+        (saved_as, *_), made = model.config.architectures or [""], type(model).__name__
+        other = saved_as not in ("", made) and _head_loader(saved_as) is None
         raise ValueError(
             f"the weights of the teacher {name!r} lack {len(missing)} of its tensors, {missing[0]} for one"
+            + (f": they are of a {saved_as}, and transformers loads a {made}" if other else "")
         )
 
 

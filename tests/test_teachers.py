@@ -14,6 +14,7 @@ from tiny_text import save_teacher, tiny_tokenizer
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
+    ClapConfig,
     CLIPConfig,
     DataCollatorWithPadding,
     OPTConfig,
@@ -410,6 +411,12 @@ def test_models_of_several_parts(tmp_path: Path) -> None:
     CLIPConfig().save_pretrained(tmp_path / "clip")  # told before weights are looked for
     with pytest.raises(ValueError, match=r"is several models in one \(clip: text_config, vision_config\): save"):
         load_teacher(str(tmp_path / "clip"))
+    ClapConfig().save_pretrained(tmp_path / "clap")  # of one width in both
+    with pytest.raises(ValueError, match=r"is several models in one \(clap: audio_config, text_config\): save"):
+        load_teacher(str(tmp_path / "clap"))
+    half = save(tmp_path / "half", "t5", "EncoderModel")
+    with pytest.raises(ValueError, match=r"lack \d+ of .*: they are of a T5EncoderModel, and transformers loads a T5M"):
+        load_teacher(half)
 
 
 def test_a_tokenizer_that_takes_no_plain_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
