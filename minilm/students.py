@@ -50,7 +50,7 @@ def build_student(
     training never trains it. Sizes left out are the teacher's, except `intermediate_size`, which then keeps the
     teacher's ratio to `hidden_size` (4 for BERT and its kin, less for gated FFNs). The number of key-value heads stays
     if it divides `num_heads`, else their greatest common divisor is taken; a head dimension that the config sets apart
-    from hidden_size / num_heads stays too.
+    from hidden_size / num_heads stays too. Layers are never left out at random (wav2vec 2.0's layerdrop is 0).
 
     `init`:
     - "layers": copies the teacher, of its layers `teacher_layers` (from 1, bottom to top), by default evenly with the
@@ -256,6 +256,9 @@ def _student_config(
         values[ffn] = intermediate_size
     elif ffn is not None and values[ffn] is not None:
         values[ffn] = round(values[ffn] * width / teacher.hidden_size)
+    for name in ("layerdrop", "encoder_layerdrop"):  # a relation's layer must run in every step
+        if name in values:
+            values[name] = 0.0
     for name in _BY_LAYER:
         if values.get(name):
             of_teacher = _kinds(base, values[name]) if name == "layer_types" else values[name]

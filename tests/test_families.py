@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from own_attention import own_attention_errors
 from tiny_models import VOCABULARY, is_there, tiny_encoder, tiny_inputs
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 
 from minilm import DistillationTrainer, MiniLMLoss, attention_qkv, build_student
-from minilm._capture import capture
 from minilm.batches import check_packable, model_inputs, relation_qkv
 from minilm.objectives import is_causal
 from minilm.packing import PackingCollator
@@ -129,23 +129,6 @@ class Row(NamedTuple):
     command: str
 
 
-def own_attention_error(model: PreTrainedModel) -> float:
-    """The largest |softmax(q kᵀ/√d) − the model's own attention| over all layers, on texts within every window."""
-    model.set_attn_implementation("eager")
-    causal, inputs = is_causal(model), tiny_inputs(model, (4, 4))
-    inputs.pop("attention_mask", None)
-    with torch.no_grad(), capture(model, [1, 2, 3, 4]) as captured:
-        own = model(**inputs, **({"use_cache": False} if causal else {}), output_attentions=True).attentions
-    errors = []
-    for layer, expected in enumerate(own, start=1):
-        q, k, _ = captured[layer]
-        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / q.shape[-1] ** 0.5
-        if causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
-        errors.append(float((scores.softmax(-1) - expected).abs().max()))
-    return max(errors)
-
-
 def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -237,7 +220,7 @@ def measured(family: str) -> Row:
         on_command_line = False
         with pytest.raises(ValueError, match="takes films, and minilm-train reads texts and images"):
             check_no_films(teacher)
-    error = own_attention_error(teacher)
+    error = max(own_attention_errors(teacher, tiny_inputs(teacher, (9, 9))))
     exact = error < 1e-5
     assert exact != (family in BESIDE), f"{family} differs from its own attention by {error:.1e}"
     return Row(

@@ -29,7 +29,6 @@ _CONVOLUTIONS = {
     "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2,
-    "layerdrop": 0.0,
     "mask_time_length": 2,
 }
 _SOUNDS = {**_NAMED, **_CONVOLUTIONS}
