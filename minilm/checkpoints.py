@@ -7,7 +7,7 @@ output folder. When every rank is done, the main process
 
 A rename happens or does not, so a kill at any moment leaves the checkpoints that were there, with or without the new
 one, and a folder `_incomplete` that the next start or save removes. Only then are old checkpoints removed, through a
-rename into `_incomplete` too.
+rename into `_incomplete` too. `minilm.folders` says which are ours to remove.
 
 A signal is noted, and acted upon at the end of the optimiser step: between two micro-batches there are gradients that
 no checkpoint holds. The ranks take the maximum of what each has noted, so all of them stop after the same step.
@@ -19,8 +19,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,9 +33,10 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from minilm.runs import RUN, checkpoints_of, newest_intact, step_of, sync, write_manifest
+from minilm.folders import ASIDE, STUDENT, close_aside, is_own, make_way, open_aside, publish
+from minilm.manifests import RUN, sync, write_manifest
+from minilm.runs import checkpoints_of, newest_intact, step_of
 
-ASIDE = "_incomplete"  # the Trainer pushes nothing to the hub that begins with an underscore
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 1.0
 # safetensors has an error of its own for what the system refuses; torch.save's is a RuntimeError.
@@ -43,7 +44,9 @@ FAILURES = (OSError, SafetensorError, RuntimeError)
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be saved: one sentence with its folder, the cause and the newest intact one."""
+    """A checkpoint, the student or its report could not be saved: one sentence with the folder, the cause and what
+    there is instead.
+    """
 
 
 class CheckpointingTrainer(Trainer):
@@ -70,6 +73,7 @@ class CheckpointingTrainer(Trainer):
     _saving = False
     _saved_step: int | None = None
     _failed: Exception | None = None
+    _limit: int | None = None  # of checkpoints, while training
 
     def rank_state(self) -> dict[str, Any]:
         """What this rank must know to continue beside the Trainer's own state: JSON-able; empty is not saved."""
@@ -88,9 +92,9 @@ class CheckpointingTrainer(Trainer):
         if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
             self.load_rank_state(Path(resume_from_checkpoint))
         if self.args.should_save:
-            shutil.rmtree(os.path.join(output, ASIDE), ignore_errors=True)
+            close_aside(Path(output))
         self.stopped_by = self._saved_step = None
-        with _Signals() as self._signals:
+        with _Signals() as self._signals, self._without_the_trainers_removal():
             try:
                 result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             except _Stop as stop:
@@ -100,6 +104,8 @@ class CheckpointingTrainer(Trainer):
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
                 self.is_in_train = False
                 result = TrainOutput(self.state.global_step, float("nan"), {})
+        if self.stopped_by is None and self.args.should_save:
+            self._keep_the_best_alone(Path(output))
         if self.stopped_by is None and self._signals.noted:
             signal.raise_signal(self._signals.noted)  # it came after the last step: whoever comes next shall know
         return result
@@ -112,8 +118,9 @@ class CheckpointingTrainer(Trainer):
         if self.args.world_size > 1:
             noted = int(self.accelerator.gather(torch.tensor([noted], device=self.args.device)).max())
         if noted:
-            if self._saved_step != self.state.global_step:
-                self._save_checkpoint(model, trial)
+            if self._saved_step != self.state.global_step or self.args.save_only_model:
+                with self._saving_in_full():  # to be continued from
+                    self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             raise _Stop(signal.Signals(noted))
 
@@ -121,27 +128,63 @@ class CheckpointingTrainer(Trainer):
         run = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         whole, part = run / name, run / ASIDE / name
-        with self._on_all_ranks(whole):
+        with self._on_all_ranks(run, str(whole)):
             if self.args.should_save:
-                if (run / ASIDE).exists():
-                    shutil.rmtree(run / ASIDE)
-                part.mkdir(parents=True)
-        with self._on_all_ranks(whole):
+                open_aside(run)
+                part.mkdir()
+        with self._on_all_ranks(run, str(whole)):
             self._write(model, trial, whole, part)
-        with self._on_all_ranks(whole):
+        with self._on_all_ranks(run, str(whole)):
             if self.args.should_save:
                 if self.run_identity is not None:
                     (part / RUN).write_text(json.dumps(self.run_identity, indent=1), encoding="utf-8")
-                write_manifest(part)
-                if whole.exists():  # left by a run that was continued from an earlier checkpoint
+                write_manifest(part, resumable=not self.args.save_only_model)
+                if is_own(whole, self.run_identity):  # left by a run that was continued from an earlier checkpoint
                     whole.rename(run / ASIDE / "replaced")
+                elif os.path.lexists(whole):
+                    make_way(whole)
                 part.rename(whole)
                 sync(run)
                 self._rotate(run, whole)
-                shutil.rmtree(run / ASIDE, ignore_errors=True)
+                with suppress(OSError):  # the next start or save removes it
+                    close_aside(run)
         self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(whole))
+
+    def save_student(self, add: Callable[[Path], None] = lambda folder: None) -> None:
+        """Saves the model into the output folder as `save_model` does, whole or not there, and on disk.
+
+        Args:
+            add: puts more files beside it, called by the main process with the folder in which it is put together.
+
+        Raises:
+            CheckpointError: on every rank, if one of them could not write, or a file of the user's is in the way of
+                one of the model's: then the model stays whole in the folder that the sentence names.
+        """
+        run = Path(str(self.args.output_dir))
+        part, what = run / ASIDE / STUDENT, f"the student in {run}"
+        with self._on_all_ranks(run, what):
+            if self.args.should_save:
+                open_aside(run)
+                part.mkdir()
+        with self._on_all_ranks(run, what):
+            self.save_model(str(part))
+        with self._on_all_ranks(run, what):
+            if self.args.should_save:
+                add(part)
+                write_manifest(part)
+        in_the_way: list[str] = []
+        with self._on_all_ranks(run, what, left=part):
+            if self.args.should_save:
+                in_the_way = publish(part, run, all_or_none=True)
+        if blocked := gather_object(in_the_way):
+            raise CheckpointError(
+                f"{run / blocked[0]} was not written by this run and was left alone: the student is whole in {part}"
+            )
+        if self.args.should_save:
+            with suppress(OSError):
+                close_aside(run)
 
     def _write(self, model: nn.Module, trial: Any, whole: Path, part: Path) -> None:
         """The Trainer's own saving, with `_incomplete` as its run's folder, but for the name of the best checkpoint."""
@@ -204,20 +247,49 @@ class CheckpointingTrainer(Trainer):
         Not the Trainer's, which goes by times or step numbers: after a return to an earlier checkpoint, because the
         later ones were damaged, it may take one of those for the newest and remove the one just written.
         """
-        limit = self.args.save_total_limit
-        if limit is None or limit <= 0:
+        if self._limit is None or self._limit <= 0:
             return
         kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
-        checkpoints = checkpoints_of(run)
+        checkpoints = [path for path in checkpoints_of(run) if is_own(path, self.run_identity)]
         others = [path for path in checkpoints if path.name not in kept]
         # Those of a later step, from before the return, go first.
         others.sort(key=lambda path: step_of(path) < self.state.global_step)
-        for path in others[: max(0, len(checkpoints) - limit)]:
+        for path in others[: max(0, len(checkpoints) - self._limit)]:
             path.rename(run / ASIDE / path.name)
 
     @contextmanager
-    def _on_all_ranks(self, checkpoint: Path) -> Iterator[None]:
-        """A part of saving that succeeds everywhere or ends the run everywhere; the ranks wait for each other."""
+    def _without_the_trainers_removal(self) -> Iterator[None]:
+        """The Trainer removes what is named as a checkpoint, whosever it is: it must see no limit."""
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = self._limit
+
+    def _keep_the_best_alone(self, run: Path) -> None:
+        """At the end of training, where one checkpoint is to be kept and one was the best; as the Trainer does."""
+        best = self.state.best_model_checkpoint
+        if best is not None and self._limit == 1 and Path(best).is_dir():
+            with suppress(OSError):  # the student matters more
+                open_aside(run)
+                self._rotate(run, Path(best))
+                close_aside(run)
+
+    @contextmanager
+    def _saving_in_full(self) -> Iterator[None]:
+        before, self.args.save_only_model = self.args.save_only_model, False
+        try:
+            yield
+        finally:
+            self.args.save_only_model = before
+
+    @contextmanager
+    def _on_all_ranks(self, run: Path, what: str, left: Path | None = None) -> Iterator[None]:
+        """A part of saving that succeeds everywhere or ends the run everywhere; the ranks wait for each other.
+
+        Args:
+            left: what is whole aside and stays there; without it, what is aside is removed.
+        """
         failure: Exception | None = None
         try:
             yield
@@ -226,13 +298,14 @@ class CheckpointingTrainer(Trainer):
         cause = [" ".join(str(failure).split()) or repr(failure)] if failure else []
         causes = gather_object(cause)
         if causes:
-            run = checkpoint.parent
-            if self.args.should_save:
-                shutil.rmtree(run / ASIDE, ignore_errors=True)
+            if self.args.should_save and left is None:
+                with suppress(OSError):
+                    close_aside(run)
             intact, _ = newest_intact(run)
             free = f" with {shutil.disk_usage(run).free / 1e9:.1f} GB free" if run.is_dir() else ""
             rest = f"the newest intact checkpoint is {intact}" if intact else "there is no intact checkpoint"
-            raise CheckpointError(f"cannot save {checkpoint}{free} ({causes[0]}); {rest}") from failure
+            rest = f"it is whole in {left}" if left else rest
+            raise CheckpointError(f"cannot save {what}{free} ({causes[0]}); {rest}") from failure
 
 
 class _Stop(Exception):

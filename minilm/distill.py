@@ -4,8 +4,9 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,24 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, Tr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from minilm._capture import QKV, attention_qkv, num_layers, resolve_layer
+from minilm._capture import QKV, attention_qkv, num_layers
 from minilm.agreement import FEWEST_TEXTS, Agreement
 from minilm.arguments import Arguments
 from minilm.batches import check_packable
+from minilm.checkpoints import CheckpointError
 from minilm.demo import TEACHER_NAME, teacher_folder
 from minilm.embeddings import MEAN, SentenceFiles, sentence_files
-from minilm.errors import tried
+from minilm.errors import reason, tried
+from minilm.folders import claimed
+from minilm.identity import run_identity, sizes
 from minilm.inputs import load_inputs
 from minilm.loss import MiniLMLoss
 from minilm.objectives import build_objective, is_causal, parse_relations
 from minilm.outputs import check_output, has_vocabulary_head
 from minilm.probes import base_of, check_no_films, model_tried, probe_inputs
 from minilm.rehearsal import rehearsal_arguments, rehearse
-from minilm.report import METRICS, Metrics, overview, write_report
-from minilm.runs import check_same_run, starting_point
+from minilm.report import METRICS, Metrics, overview, publish_report
+from minilm.runs import check_resume, check_same_run, starting_point
 from minilm.speed import measure_speed
 from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, ends_as_teacher
@@ -37,6 +41,7 @@ from minilm.trainer import DistillationTrainer, check_arguments
 from minilm.trial import no_folder_left, try_out
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
+CHECKPOINTED = ("config.json",)  # beside what every checkpoint has
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Run:
     checkpoint: Path | None  # to continue from
     metrics: Metrics  # what is known before training
     sentences: SentenceFiles | None  # of the teacher
+    claims: ExitStack = field(default_factory=ExitStack)  # on the output folders, given back when it is trained
 
 
 def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
@@ -57,15 +63,28 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
 
     Raises:
         ValueError: one sentence on what the arguments ask for and cannot have.
-        OccupiedError: the output folder holds another run.
+        OccupiedError: the output folder holds another run, or something that this one would overwrite; another process
+            writes into it; nobody can.
         ModuleNotFoundError, FileNotFoundError: the demonstration's teacher or text is not installed.
     """
+    with ExitStack() as claims:
+        for stage in (following, arguments):
+            if stage is not None and stage.training.process_index == 0:
+                claims.enter_context(claimed(Path(str(stage.training.output_dir))))
+        run = _prepare(arguments, following)
+        run.claims = claims.pop_all()
+    return run
+
+
+def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
     model, objective, training = arguments.model, arguments.objective, arguments.training
     output = Path(str(training.output_dir))
-    checkpoint = starting_point(output, training.resume_from_checkpoint)
+    checkpoint = starting_point(output, training.resume_from_checkpoint, CHECKPOINTED)
 
     if following is not None:
-        starting_point(Path(str(following.training.output_dir)), following.training.resume_from_checkpoint)
+        starting_point(
+            Path(str(following.training.output_dir)), following.training.resume_from_checkpoint, CHECKPOINTED
+        )
     check_arguments(training)
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
@@ -75,9 +94,6 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student", keep_value_errors=True):
         student, criterion = _student_and_objective(arguments, teacher)
-    identity = _identity(arguments, criterion, teacher, student)
-    if checkpoint:
-        check_same_run(checkpoint, identity)
     if following is not None:
         with tried("cannot build the student", keep_value_errors=True):
             _student_and_objective(following, student)
@@ -88,6 +104,10 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
             raise ValueError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, teacher, processor)
+    identity = run_identity(arguments, criterion, teacher, student, inputs.fingerprint)
+    if checkpoint:
+        check_same_run(checkpoint, identity)
+        check_resume(checkpoint, training)
 
     _check_a_batch(training, inputs.train, inputs.heldout)
     training.eval_on_start = True  # the untrained student's losses, for the report
@@ -127,8 +147,8 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         "is_assistants": arguments.is_assistants,
         "processor": "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
-        "teacher": {"name": model.teacher or TEACHER_NAME, **_sizes(teacher)},
-        "student": {"name": training.output_dir, **_sizes(student)},
+        "teacher": {"name": model.teacher or TEACHER_NAME, **sizes(teacher)},
+        "student": {"name": training.output_dir, **sizes(student)},
         "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
         "data": inputs.description
         | {
@@ -151,6 +171,11 @@ def train(run: Run) -> str | None:
 
     Stopped by a signal (`run.trainer.stopped_by`), it writes nothing but the checkpoint.
     """
+    with run.claims:
+        return _train(run)
+
+
+def _train(run: Run) -> str | None:
     trainer, args = run.trainer, run.trainer.args
     agreement = _agreement(trainer, run.metrics["pooling"]) if args.should_save else None
     untrained = agreement.similarities(trainer.student.base_model) if agreement else None
@@ -160,45 +185,60 @@ def train(run: Run) -> str | None:
         trainer.end()
         return None
     seconds = time.perf_counter() - start
+    sentences = run.sentences if run.metrics["sentence_files"] else None
+    trainer.save_student(sentences.copy_to if sentences else lambda folder: None)
     if args.load_best_model_at_end or _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-    trainer.save_model()
-
-    first, last = _evaluations(trainer)[0], _evaluations(trainer)[-1]
     batches = list(itertools.islice(trainer.get_eval_dataloader(), SPEED_BATCHES))
     report = None
     if args.should_save:
-        # As it was saved, which also shows that it loads; under FSDP the one in memory lies in pieces.
-        with quiet():  # about a head, which the speeds leave out
-            student = AutoModel.from_pretrained(str(args.output_dir), dtype=trainer.teacher.dtype).to(args.device)
-        metrics = run.metrics | {
-            "heldout": {part: {"start": first[f"eval_{part}"], "end": last[f"eval_{part}"]} for part in trainer.parts},
-            "steps": trainer.state.global_step,
-            "seconds": seconds,
-            "speeds": {
-                "teacher": measure_speed(base_of(trainer.teacher), batches, SPEED_SECONDS),
-                "student": measure_speed(student, batches, SPEED_SECONDS),
-            },
-            "training": _pace(trainer),
-            "speed_batch": args.per_device_eval_batch_size,
-        }
-        if run.sentences and metrics["sentence_files"]:
-            run.sentences.copy_to(Path(str(args.output_dir)))
-        metrics["agreement"] = None
-        if agreement and untrained is not None:
-            trained = agreement.similarities(student)
-            metrics["agreement"] = {
-                "texts": len(agreement.rows),
-                "neighbours": agreement.neighbours,
-                "start": agreement.measure(untrained),
-                "end": agreement.measure(trained),
-                "examples": agreement.examples(trained, trainer.processing_class),
-            }
-        report = write_report(Path(str(args.output_dir)), metrics, trainer.state.log_history)
+        with _report_errors(Path(str(args.output_dir))):
+            report = _report(run, agreement, untrained, batches, seconds)
     trainer.accelerator.wait_for_everyone()  # the next run's teacher may be what was written
     if args.push_to_hub:
         trainer.push_to_hub()
     return report
+
+
+@contextmanager
+def _report_errors(output: Path) -> Iterator[None]:
+    """What goes wrong once the student is in its place is told with where it is."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"the student is saved in {output}, but not its report: {reason(error)}") from error
+
+
+def _report(run: Run, agreement: Agreement | None, untrained: Any, batches: list[Any], seconds: float) -> str:
+    """Measures, writes the report and returns it."""
+    trainer, args = run.trainer, run.trainer.args
+    output = Path(str(args.output_dir))
+    first, last = _evaluations(trainer)[0], _evaluations(trainer)[-1]
+    # As it was saved, which also shows that it loads; under FSDP the one in memory lies in pieces.
+    with quiet():  # about a head, which the speeds leave out
+        student = AutoModel.from_pretrained(str(output), dtype=trainer.teacher.dtype).to(args.device)
+    metrics = run.metrics | {
+        "heldout": {part: {"start": first[f"eval_{part}"], "end": last[f"eval_{part}"]} for part in trainer.parts},
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "speeds": {
+            "teacher": measure_speed(base_of(trainer.teacher), batches, SPEED_SECONDS),
+            "student": measure_speed(student, batches, SPEED_SECONDS),
+        },
+        "training": _pace(trainer),
+        "speed_batch": args.per_device_eval_batch_size,
+    }
+    metrics["agreement"] = None
+    if agreement and untrained is not None:
+        trained = agreement.similarities(student)
+        metrics["agreement"] = {
+            "texts": len(agreement.rows),
+            "neighbours": agreement.neighbours,
+            "start": agreement.measure(untrained),
+            "end": agreement.measure(trained),
+            "examples": agreement.examples(trained, trainer.processing_class),
+        }
+    return publish_report(output, metrics, trainer.state.log_history)
 
 
 def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
@@ -208,9 +248,10 @@ def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         training = rehearsal_arguments(arguments.training, folder)
         run = prepare(replace(arguments, training=training), following)
-        training.eval_on_start = False
-        run.metrics["student"]["name"] = arguments.training.output_dir
-        return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
+        with run.claims:
+            training.eval_on_start = False
+            run.metrics["student"]["name"] = arguments.training.output_dir
+            return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
 
 
 def _check_a_batch(training: TrainingArguments, train: Any, heldout: Any) -> None:
@@ -277,32 +318,6 @@ def _probe(
         )
 
 
-def _identity(
-    arguments: Arguments, criterion: MiniLMLoss, teacher: PreTrainedModel, student: PreTrainedModel
-) -> dict[str, Any]:
-    """What a run cannot change when it is continued; where it runs, how fast and how long it goes on it can."""
-    own = _as_dict(arguments)
-    same = ("objective", "relation_temperature", "output_weight", "output_temperature", "student_intermediate_size")
-    of_data = (
-        "data",
-        "data_config",
-        "data_weights",
-        "text_column",
-        "image_column",
-        "streaming",
-        "packing",
-        "max_length",
-    )
-    return {
-        "teacher": {"name": arguments.model.teacher or TEACHER_NAME, **_sizes(teacher)},
-        "student": _sizes(student),
-        "teacher_layer": resolve_layer(teacher, arguments.model.teacher_layer),
-        "relations": criterion.relations,
-        "relation_heads": criterion.relation_heads,
-        **{name: own[name] for name in (*same, *of_data, "seed", "data_seed")},
-    }
-
-
 def _agreement(trainer: DistillationTrainer, pooling: Sequence[str]) -> Agreement | None:
     """Of a text model with texts enough."""
     heldout, args = trainer.eval_dataset, trainer.args
@@ -340,11 +355,6 @@ def _pace(trainer: DistillationTrainer) -> dict[str, float]:
         for name in {"tokens_per_second", "images_per_second", "loss_share"} & row.keys():
             logged.setdefault(name, []).append(row[name])
     return {name: sum(values) / len(values) for name, values in logged.items()}
-
-
-def _sizes(model: PreTrainedModel) -> dict[str, int]:
-    config = model.config
-    return {"layers": num_layers(model), "hidden_size": config.hidden_size, "heads": config.num_attention_heads}
 
 
 def _step(checkpoint: Path) -> int:

@@ -1,6 +1,7 @@
 """What a finished run leaves beside the student: metrics.json, report.md, curves.png and a model card, README.md."""
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,26 +11,50 @@ from matplotlib.figure import Figure
 
 from minilm.agreement import FEWEST_TEXTS
 from minilm.finite import without_nan
+from minilm.folders import close_aside, open_aside, publish
 
 Metrics = dict[str, Any]
 History = list[dict[str, Any]]  # of Trainer.state.log_history: rows of losses, each with its step
 
+logger = logging.getLogger(__name__)
 PARTS = {"embedding": "embedding", "transformer": "Transformer", "total": "all"}
 METRICS = "metrics.json"  # written last: where it stands, the run is finished
 
 
-def write_report(folder: Path, metrics: Metrics, history: History) -> str:
+def publish_report(output: Path, metrics: Metrics, history: History) -> str:
+    """Writes the four files aside, puts them beside the student in `output`, and returns report.md.
+
+    What stands under their names and was not written by this run is left alone; a warning says where its own are.
+
+    Args: those of `write_report`.
+    """
+    part = open_aside(output) / "report"
+    part.mkdir()
+    report = write_report(part, metrics, history, student=output)
+    if in_the_way := publish(part, output, last=METRICS):
+        logger.warning(
+            "%s in %s was not written by this run and was left alone; its own is in %s",
+            *(", ".join(in_the_way), output, part),
+        )
+    else:
+        close_aside(output)
+    return report
+
+
+def write_report(folder: Path, metrics: Metrics, history: History, student: Path | None = None) -> str:
     """Writes the four files into `folder` and returns report.md.
 
     Args:
+        student: where the student is, if not in `folder`.
         metrics: as `minilm.distill` gathers them: "heldout" {relation: {"start", "end"}} in nats; "parameters" and
             "speeds" {"teacher", "student"}; "arguments"; and what describes the run.
         history: the Trainer's log; each relation's training and held-out losses are drawn from it.
     """
-    report = report_markdown(folder, metrics)
+    student = student or folder
+    report = report_markdown(student, metrics)
     plot_curves(list(metrics["heldout"]), history).savefig(folder / "curves.png", dpi=120)
     (folder / "report.md").write_text(report, encoding="utf-8")
-    (folder / "README.md").write_text(model_card(folder, metrics), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(student, metrics), encoding="utf-8")
     aside = folder / (METRICS + ".part")
     aside.write_text(json.dumps(without_nan(metrics), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(aside, folder / METRICS)

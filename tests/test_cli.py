@@ -359,7 +359,10 @@ def test_the_newest_complete_checkpoint_is_the_one_to_continue_from(tmp_path: Pa
     for step in (9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step != 11:  # killed while it was written: the Trainer's state comes last
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+            for name in ("trainer_state.json", "config.json"):
+                (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
+            for name in ("model", "optimizer", "scheduler", "rng_state"):
+                torch.save({}, tmp_path / f"checkpoint-{step}" / f"{name}.pt")
     assert starting_point(tmp_path, "auto") == tmp_path / "checkpoint-10"
     assert starting_point(tmp_path, str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
 
