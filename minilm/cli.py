@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minilm.arguments import parse
     from minilm.checkpoints import CheckpointError
     from minilm.distill import dry_run, prepare, train
+    from minilm.reading import DataError
     from minilm.report import overview
     from minilm.stages import stages
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.trainer.end()
     except _RefusedError as error:
         return _fail(str(error), error.code)
-    except CheckpointError as error:
+    except (CheckpointError, DataError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {CONTINUE}, if there is one", 130)
