@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
@@ -35,6 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 
 from minilm.folders import ASIDE, STUDENT, close_aside, is_own, make_way, open_aside, publish
 from minilm.manifests import RUN, sync, write_manifest
+from minilm.reading import DataError
 from minilm.runs import checkpoints_of, newest_intact, step_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -61,6 +62,7 @@ class CheckpointingTrainer(Trainer):
 
     Raises (from `train`):
         CheckpointError: on every rank, if one of them could not write.
+        DataError: from `stop_after_saving`.
         KeyboardInterrupt: at a second Ctrl-C, at once; a second SIGTERM ends the process as it did before `train()`.
             A launcher and a terminal may both pass on one and the same: within a second it does not count twice.
         ValueError: a checkpoint with the state of another number of ranks.
@@ -97,6 +99,10 @@ class CheckpointingTrainer(Trainer):
         with _Signals() as self._signals, self._without_the_trainers_removal():
             try:
                 result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except DataError:
+                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+                self.is_in_train = False
+                raise
             except _Stop as stop:
                 # Not by control.should_training_stop: the Trainer's end loads the best model and, where one
                 # checkpoint is kept, removes the others, and at the end of an epoch it evaluates and saves once more.
@@ -123,6 +129,18 @@ class CheckpointingTrainer(Trainer):
                     self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             raise _Stop(signal.Signals(noted))
+
+    def stop_after_saving(self, fault: DataError) -> NoReturn:
+        """Ends the run between two steps, on all ranks at once, by `fault` and after a checkpoint of the last step."""
+        step = self.state.global_step
+        if not step:
+            raise fault
+        if self._saved_step != step:
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        raise DataError(
+            f"{fault}; a checkpoint of step {step} was saved, from which --resume_from_checkpoint auto continues"
+        ) from fault
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))

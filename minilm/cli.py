@@ -38,6 +38,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from minilm.checkpoints import CheckpointError
     from minilm.distill import dry_run, prepare, train
     from minilm.finite import NonFiniteError
+    from minilm.reading import DataError
     from minilm.report import overview
     from minilm.stages import stages
 
@@ -68,7 +69,7 @@ def _run(argv: Sequence[str] | None) -> int:
         run.trainer.end()
     except _RefusedError as error:
         return _fail(str(error), error.code)
-    except (CheckpointError, NonFiniteError) as error:
+    except (CheckpointError, DataError, NonFiniteError) as error:
         return _fail(str(error), 1)
     return 0
 

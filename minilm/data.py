@@ -1,44 +1,56 @@
 """Text from files, folders or the hub, as tokenised sequences and a held-out part.
 
-A row of the text column is one text: a line of a .txt file, a record of a .jsonl or .parquet file. Blank texts are
-dropped; a text longer than `max_length` tokens is truncated. What `datasets` has read and tokenised once it keeps in
-its cache, by file and settings; `minilm.streams` reads what is too large for that.
+A row of the text column is one text: a line of a .txt file, a record of a .jsonl or .parquet file (`minilm.reading`
+reads them, `minilm.files` chooses those of a folder). Blank texts are dropped; a text longer than `max_length` tokens
+is truncated. What was read and tokenised once `datasets` keeps in its cache, by file and settings; `minilm.streams`
+reads what is too large for that.
 
 Several sources follow each other, or are mixed by weights: each text is drawn from source i with probability
 w_i / sum(w), until every source was seen whole; smaller ones repeat.
 """
 
-import glob
 import math
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from minilm.files import Chosen, choose_files
 from minilm.fingerprints import fingerprint_files
+from minilm.reading import KINDS, DataError, kind_of, read_rows
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-_SPLIT = re.compile(r"(train|training|valid|validation|val|dev|test|testing|eval|evaluation)(-\d+-of-\d+)?")
 HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
+
+
+class Splits(NamedTuple):
+    """Sequences to train on and held out."""
+
+    train: datasets.Dataset
+    heldout: datasets.Dataset
+    copies: int  # of held-out texts, which are left out of training
 
 
 def load_texts(sources: Sequence[str], *, config: str | None = None, text_column: str = "text") -> datasets.Dataset:
     """All texts of the sources, in their order, as a data set with the one column "text".
 
     Args:
-        sources: each a .txt, .jsonl or .parquet file, a folder of one kind of them, or a data set's name on the hub,
-            whose train split is read. Of a folder all files of that kind are read, unless every one of them is named by
-            its split (train.txt, test-00000-of-00002.parquet, validation/a.jsonl): then those of training.
+        sources: each a file that `minilm.reading` reads, a folder of which `minilm.files` chooses files, or a data
+            set's name on the hub, whose train split is read.
         config: the configuration of a hub name ("wikitext-2-raw-v1").
         text_column: where the text stands; a .txt file needs none.
 
     Raises:
-        ValueError: nothing there, another kind of file, no such column, or no text in it.
+        ValueError: nothing there, another kind of file, no such column, no text in it, a file given twice.
+        OSError: the cache of `datasets` cannot be written.
     """
-    parts = [_text_of(source, open_source(source, config), text_column) for source in sources]
+    check_sources(sources)
+    parts = [_load(source, config, text_column) for source in sources]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
@@ -50,29 +62,48 @@ def load_splits(
     config: str | None = None,
     text_column: str = "text",
     weights: Sequence[float] | None = None,
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training, held-out) sequences of the sources, as `tokenize` gives them, the training ones mixed by the weights.
+) -> Splits:
+    """Sequences of the sources, as `tokenize` gives them, the training ones mixed by the weights.
 
-    With weights the held-out part is taken from each source by its weight, before anything repeats: no held-out text is
-    trained on.
+    No held-out text is trained on, not as a copy either. With weights the held-out part is taken from each source by
+    its weight, before anything repeats.
 
     Raises:
         ValueError: as `load_texts`; a number of weights that is not that of the sources, or a weight that is not
-            positive; fewer than two texts.
+            positive; fewer than two different texts.
+        OSError: the cache of `datasets` cannot be written.
     """
-    if weights is None:
-        texts = load_texts(sources, config=config, text_column=text_column)
-        train, heldout = (tokenize(part, tokenizer, max_length) for part in split_heldout(texts))
-        return train, heldout
-    shares = mixing_shares(sources, weights)
-    trains, heldouts = [], []
-    for source, share in zip(sources, shares, strict=True):
-        texts = load_texts([source], config=config, text_column=text_column)
-        train, heldout = split_heldout(texts, max(1, round(share * HELDOUT_MAX)))
-        trains.append(tokenize(train, tokenizer, max_length))
-        heldouts.append(tokenize(heldout, tokenizer, max_length))
-    mixed = datasets.interleave_datasets(trains, shares, seed=0, stopping_strategy="all_exhausted")
-    return mixed, datasets.concatenate_datasets(heldouts)
+    shares = None if weights is None else mixing_shares(sources, weights)
+    if shares is None:
+        parts = [split_heldout(load_texts(sources, config=config, text_column=text_column))]
+    else:
+        check_sources(sources)
+        parts = [
+            split_heldout(_load(source, config, text_column), max(1, round(share * HELDOUT_MAX)))
+            for source, share in zip(sources, shares, strict=True)
+        ]
+    heldout = datasets.concatenate_datasets([part for _, part in parts])
+    trains = [without_copies(train, heldout) for train, _ in parts]
+    copies = sum(len(train) - len(rest) for (train, _), rest in zip(parts, trains, strict=True))
+    with cache_faults():
+        sequences = [tokenize(train, tokenizer, max_length) for train in trains]
+        held = tokenize(heldout, tokenizer, max_length)
+        if shares is None:
+            return Splits(sequences[0], held, copies)
+        mixed = datasets.interleave_datasets(sequences, shares, seed=0, stopping_strategy="all_exhausted")
+    return Splits(mixed, held, copies)
+
+
+def without_copies(train: datasets.Dataset, heldout: datasets.Dataset) -> datasets.Dataset:
+    """The rows of `train` whose "text" is not one of `heldout`. Raises `ValueError` if none is left."""
+    texts = pa.array(list(heldout["text"]), pa.string())
+    kept: list[int] = []
+    for number, batch in enumerate(train.with_format("arrow").iter(batch_size=10_000)):
+        copies = pc.is_in(batch["text"], value_set=texts).to_pylist()
+        kept += [10_000 * number + place for place, copy in enumerate(copies) if not copy]
+    if not kept:
+        raise ValueError(f"all {len(train)} texts to train on are copies of the {len(heldout)} held-out ones")
+    return train if len(kept) == len(train) else train.select(kept)
 
 
 def mixing_shares(sources: Sequence[str], weights: Sequence[float]) -> list[float]:
@@ -82,7 +113,9 @@ def mixing_shares(sources: Sequence[str], weights: Sequence[float]) -> list[floa
     for weight, source in zip(weights, sources, strict=True):
         if not 0 < weight < math.inf:
             raise ValueError(f"the weight of {source!r} must be a positive number, not {weight}")
-    return [weight / sum(weights) for weight in weights]
+    largest = max(weights)  # first, because their sum may be infinite
+    scaled = [weight / largest for weight in weights]
+    return [weight / sum(scaled) for weight in scaled]
 
 
 def split_heldout(texts: datasets.Dataset, most: int = HELDOUT_MAX) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -113,85 +146,77 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     return texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
 
 
-def open_source(source: str, config: str | None, *, streaming: bool = False) -> Any:
-    """The rows of a source: a `datasets.Dataset`, or with `streaming` an `IterableDataset`. Errors as `load_texts`."""
+def find_files(source: str) -> Chosen | None:
+    """The files of a source that are read; None of a name on the hub. Raises `ValueError` as `load_texts`."""
     path = Path(source)
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"cannot read {source!r}: its suffix {path.suffix!r} is none of {', '.join(BUILDERS)}")
+    if not source:
+        raise ValueError("the name of the data is empty: --data takes files, folders or names on the hub")
+    chosen = Chosen([path], [])
+    if path.is_dir():
+        try:
+            chosen = choose_files(path)
+        except OSError as error:
+            raise ValueError(f"cannot list the folder {str(error.filename)!r}: {error.strerror}") from error
+    elif path.is_file():
+        if kind_of(path) is None:
+            raise ValueError(f"cannot read {source!r}: its suffix {path.suffix!r} is none of {', '.join(KINDS)}")
         if not path.stat().st_size:
             raise ValueError(f"{source!r} holds no text: the file is empty")
-        return load_files(source, [path], streaming=streaming)
-    if path.is_dir():
-        kinds = _kinds_in(path)
-        if len(kinds) != 1:
-            found = " and ".join(kinds) if kinds else "none"
-            raise ValueError(
-                f"the folder {source!r} must hold one kind of {', '.join(BUILDERS)} files; it holds {found}"
-            )
-        return load_files(source, training_files(path, kinds[0]), streaming=streaming)
-    if path.suffix in BUILDERS or path.is_absolute() or source.startswith("."):
+    elif path.exists():
+        raise ValueError(f"{source!r} is neither a file nor a folder")
+    elif kind_of(path) or path.is_absolute() or source.startswith("."):
         raise ValueError(f"there is no file or folder {source!r}")
-    return load_train_split(source, source, name=config, streaming=streaming)
-
-
-def training_files(folder: Path, suffix: str) -> list[Path]:
-    """The files of a kind in a folder and below it that are trained on, as `load_texts` has it.
-
-    Raises:
-        ValueError: all are named by their split, and none is of training.
-    """
-    files = _visible(folder, suffix)
-    splits = {path: split for path in files if (split := _split_of(path.relative_to(folder)))}
-    if len(splits) < len(files):
-        return files
-    chosen = [path for path, split in splits.items() if split.startswith("train")]
-    if not chosen:
-        names = ", ".join(sorted(set(splits.values())))
-        raise ValueError(f"the files of {str(folder)!r} are named as {names}, none as train")
+    else:
+        return None
+    for file in chosen.files:
+        if not str(file).isprintable() and any("\ud800" <= letter <= "\udfff" for letter in str(file)):
+            raise ValueError(f"the file name {str(file)!r} is not UTF-8: rename it")
     return chosen
 
 
-def load_files(source: str, files: Sequence[Path], **options: Any) -> Any:
-    """The rows of files of one kind; errors as `load_train_split`."""
-    names = [glob.escape(str(path)) for path in files]  # datasets takes names for patterns
-    return load_train_split(source, BUILDERS[files[0].suffix], data_files=names, **options)
+def check_sources(sources: Sequence[str]) -> None:
+    """Raises `ValueError` as `load_texts`, and for what would be read twice."""
+    seen: dict[str, str] = {}
+    for source in sources:
+        chosen = find_files(source)
+        for file in [source] if chosen is None else map(os.path.realpath, chosen.files):
+            if file in seen:
+                where = "twice" if seen[file] == source else f"in {seen[file]!r} and in {source!r}"
+                raise ValueError(
+                    f"the data hold {file!r} {where}: name it once, --data_weights say how often it counts"
+                )
+            seen[file] = source
 
 
 def fingerprint_source(source: str, config: str | None) -> str:
-    """What stands at a source, by its content; of a data set on the hub its revision. Errors as `load_texts`."""
-    path = Path(source)
-    if path.is_file():
-        return fingerprint_files([path])
-    if path.is_dir():
-        kinds = _kinds_in(path)
-        # Of images all that is there.
-        return fingerprint_files(training_files(path, kinds[0]) if len(kinds) == 1 else _visible(path, ""))
-    return str(datasets.load_dataset_builder(source, name=config).hash)
+    """What stands at a source of texts, by its content; of a data set on the hub its revision.
+
+    Raises:
+        ValueError: as `load_texts`.
+    """
+    chosen = find_files(source)
+    return fingerprint_hub(source, config) if chosen is None else fingerprint_files(chosen.files)
 
 
-def is_plain_text(source: str) -> bool:
-    """Whether the source is a .txt file or a folder of them, which have the one column "text"."""
-    path = Path(source)
-    return path.suffix == ".txt" or (path.is_dir() and _kinds_in(path) == [".txt"])
+def fingerprint_hub(name: str, config: str | None) -> str:
+    """The revision of a data set on the hub."""
+    return str(datasets.load_dataset_builder(name, name=config).hash)
 
 
-def _kinds_in(folder: Path) -> list[str]:
-    return [suffix for suffix in sorted(BUILDERS) if _visible(folder, suffix)]
+@contextmanager
+def cache_faults() -> Iterator[None]:
+    """Around what writes to the cache of `datasets`, and reads nothing but it."""
+    try:
+        yield
+    except OSError as error:
+        raise _cache_error(error) from error
 
 
-def _visible(folder: Path, suffix: str) -> list[Path]:
-    """Files of a kind in a folder and below it, but for hidden ones."""
-    files = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-def _split_of(path: Path) -> str | None:
-    """What split a file's name, or that of a folder it is in, tells; None where none does."""
-    for name in (*path.parts[:-1], path.stem):
-        if match := _SPLIT.fullmatch(name):
-            return match[1]
-    return None
+def _cache_error(error: OSError) -> OSError:
+    return OSError(
+        f"cannot write to the cache folder {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}): set "
+        "HF_DATASETS_CACHE or HF_HOME to another"
+    )
 
 
 def load_train_split(source: str, builder: str, **options: Any) -> Any:
@@ -200,14 +225,53 @@ def load_train_split(source: str, builder: str, **options: Any) -> Any:
         return datasets.load_dataset(builder, split="train", **options)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         # A name, configuration or split that does not exist, no network, an empty or broken file (then the cause says).
-        reason = " ".join(str(error.__cause__ or error).split())
+        cause = error.__cause__ or error
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        if isinstance(cause, OSError) and cause.filename and Path(cause.filename).is_relative_to(cache):
+            raise _cache_error(cause) from error
+        reason = " ".join(str(cause).split())
         here = "" if Path(source).exists() else ", which is no file or folder here, from the hub"
         raise ValueError(f"cannot load the data {source!r}{here}: {reason}") from error
 
 
+def _load(source: str, config: str | None, column: str) -> datasets.Dataset:
+    if chosen := find_files(source):
+        return _load_files(source, chosen.files, column)
+    return _text_of(source, load_train_split(source, source, name=config), column)
+
+
+def _load_files(source: str, files: Sequence[Path], column: str) -> datasets.Dataset:
+    # Tuples: of lists `datasets` makes shards. Times and sizes make it read again what has changed.
+    stamps = tuple((os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    names = tuple(str(file) for file in files)
+    try:
+        with cache_faults():
+            texts: datasets.Dataset = datasets.Dataset.from_generator(
+                _texts,
+                features=datasets.Features({"text": datasets.Value("string")}),
+                gen_kwargs={"source": source, "files": names, "column": column, "stamps": stamps},
+            )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise _cache_error(error.__cause__) from error
+        raise (error.__cause__ or error) from None
+    return texts
+
+
+def _texts(source: str, files: tuple[str, ...], column: str, stamps: object) -> Iterator[dict[str, str]]:
+    count, rows = 0, 0
+    for file in files:
+        for values in read_rows(Path(file), column):
+            rows += len(values)
+            for text in values:
+                if text and not text.isspace():
+                    count += 1
+                    yield {"text": text}
+    if not count:
+        raise DataError(f"{source!r} holds no text: all {rows} rows of its column {column!r} are empty")
+
+
 def _text_of(source: str, rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    if is_plain_text(source):
-        column = "text"
     if column not in rows.column_names:
         raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {rows.column_names}")
     feature = rows.features[column]

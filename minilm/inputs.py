@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,10 +15,10 @@ from transformers import (
 )
 
 from minilm.arguments import Arguments, DataArguments
-from minilm.data import fingerprint_source, load_splits, split_heldout, tokenize
+from minilm.data import find_files, fingerprint_source, load_splits, split_heldout, tokenize, without_copies
 from minilm.demo import docstrings
 from minilm.fingerprints import fingerprint_texts
-from minilm.images import load_images, stack_images
+from minilm.images import find_images, fingerprint_images, load_images, stack_images
 from minilm.packing import PackingCollator, pack
 from minilm.streams import TextStream
 from minilm.teachers import resolve_length
@@ -47,11 +48,11 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         ValueError: nothing there, no such column, flags that do not go together.
     """
     if not isinstance(processor, PreTrainedTokenizerBase):
-        train, heldout, max_length = *_images(arguments.data, processor), None
+        (train, heldout), copies, max_length = _images(arguments.data, processor), 0, None
         collator: Collator = stack_images
     else:
         max_length = resolve_length(teacher, processor, arguments.data.max_length)
-        train, heldout = _texts(arguments, processor, max_length)
+        train, heldout, copies = _texts(arguments, processor, max_length)
         collator = _collator(processor, max_length)
     packing = arguments.data.packing
     sequences = None if isinstance(train, TextStream) else len(train)
@@ -66,26 +67,40 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         "max_length": max_length,
         "packed": packing,
     }
-    return Inputs(train, heldout, collator, description, _fingerprint(arguments))
+    images = max_length is None
+    if copies:
+        description["copies_left_out"] = copies
+    if files := _files(arguments, images):
+        description["files"] = files
+    return Inputs(train, heldout, collator, description, _fingerprint(arguments, images))
 
 
-def _fingerprint(arguments: Arguments) -> str:
+def _files(arguments: Arguments, images: bool) -> dict[str, str]:
+    """Of each folder what was read and left out."""
+    found = {source: (find_images if images else find_files)(source) for source in arguments.data.data or []}
+    return {source: str(chosen) for source, chosen in found.items() if chosen and Path(source).is_dir()}
+
+
+def _fingerprint(arguments: Arguments, images: bool) -> str:
     data = arguments.data
     if arguments.demo:
         return fingerprint_texts(docstrings())
     assert data.data is not None
-    parts = [fingerprint_source(source, data.data_config) for source in data.data]
+    of_source = fingerprint_images if images else fingerprint_source
+    parts = [of_source(source, data.data_config) for source in data.data]
     return parts[0] if len(parts) == 1 else fingerprint_texts(parts)
 
 
 def _texts(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[datasets.Dataset | TextStream, datasets.Dataset]:
+) -> tuple[datasets.Dataset | TextStream, datasets.Dataset, int]:
+    """(to train on, held out, copies of held-out texts that were left out)."""
     data = arguments.data
     if arguments.demo:
-        texts = datasets.Dataset.from_dict({"text": docstrings()})
-        train, heldout = (tokenize(part, tokenizer, max_length) for part in split_heldout(texts))
-        return train, heldout
+        texts, heldout = split_heldout(datasets.Dataset.from_dict({"text": docstrings()}))
+        train = without_copies(texts, heldout)
+        train, copies = tokenize(train, tokenizer, max_length), len(texts) - len(train)
+        return train, tokenize(heldout, tokenizer, max_length), copies
     assert data.data is not None
     where: dict[str, Any] = {
         "config": data.data_config,
@@ -95,7 +110,7 @@ def _texts(
     if not data.streaming:
         return load_splits(data.data, tokenizer, max_length, **where)
     stream = _stream(data, tokenizer, max_length, arguments.training, where)
-    return stream, tokenize(stream.heldout, tokenizer, max_length)
+    return stream, tokenize(stream.heldout, tokenizer, max_length), 0
 
 
 def _stream(

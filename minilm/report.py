@@ -77,7 +77,7 @@ def overview(metrics: Metrics) -> str:
             f"teacher    {metrics['teacher']['name']}: {size('teacher')}",
             f"student    {size('student')}",
             f"objective  {_objective(metrics)}",
-            f"data       {_data(data)}",
+            f"data       {_data(data)}{_files(data)}",
             f"device     {metrics['device']}",
             f"folder     {metrics['student']['name']}{f', continued after step {before}' if before else ''}",
             *_hints(metrics),
@@ -198,6 +198,13 @@ def _data(data: Metrics) -> str:
     count = f"{data['train_sequences']:,} {data['unit']} of " if data["train_sequences"] else "a stream of "
     length = f", up to {data['max_length']} tokens" if data["max_length"] else ""
     return f"{count}{data['name']}, {data['heldout_sequences']:,} more held out{length}"
+
+
+def _files(data: Metrics) -> str:
+    """What of the folders was read, and which copies of held-out texts were not."""
+    files = [f"; of {source}: {what}" for source, what in data.get("files", {}).items()]
+    copies = data.get("copies_left_out")
+    return "".join(files) + (f"; {copies:,} copies of held-out texts left out" if copies else "")
 
 
 def _pace(metrics: Metrics) -> str:

@@ -17,8 +17,9 @@ position of each worker, however far the workers have read ahead.
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import datasets
@@ -27,10 +28,18 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from minilm.data import HELDOUT_MAX, HELDOUT_SHARE, heldout_size, is_plain_text, mixing_shares, open_source
+from minilm.data import (
+    HELDOUT_MAX,
+    HELDOUT_SHARE,
+    check_sources,
+    find_files,
+    heldout_size,
+    load_train_split,
+    mixing_shares,
+)
 from minilm.packing import Packer, PackingCollator, Row, row_features
+from minilm.reading import ROWS_AT_ONCE, DataError, faults_at, read_rows, try_file
 
-ROWS_AT_ONCE = 256  # read from a file; many enough to be fast, few enough to hold
 TEXTS_AT_ONCE = 32  # tokenised together for packing
 CHOICES_AT_ONCE = 1024  # of the source, from one generator
 MAX_EMPTY_PASSES = 100  # a reader may be dealt empty files in one pass, hardly in a hundred
@@ -40,22 +49,19 @@ Batch = dict[str, Any]
 
 
 class Shard(NamedTuple):
-    """One file of a source, from a row on."""
+    """One file of a source, from a row on, without some texts."""
 
-    rows: Any  # datasets.IterableDataset
-    column: str
+    read: Callable[[int], Iterator[list[str | None]]]  # the column's values from a row on, some at a time
     first_row: int = 0
+    without: frozenset[str] = frozenset()  # the held-out texts, which may stand in the data twice
 
     def texts(self, row: int = 0) -> Iterator[tuple[str, int]]:
         """The texts from `row` on that are not blank, each with the number of the row behind it."""
         row = max(row, self.first_row)
-        rows = self.rows.skip(row) if row else self.rows
-        for batch in rows.iter(batch_size=ROWS_AT_ONCE):
-            for text in batch[self.column]:
+        for values in self.read(row):
+            for text in values:
                 row += 1
-                if text is not None and not isinstance(text, str):
-                    raise ValueError(f"the column {self.column!r} holds {text!r}, not text")
-                if text and text.strip():
+                if text and not text.isspace() and text not in self.without:
                     yield text, row
 
 
@@ -100,7 +106,7 @@ class Source:
                 self.position = replace(block[-1][1], block=self.position.block + 1)
             self.position = Position(self.position.epoch + 1)
             empty_passes = empty_passes + 1 if empty else 0
-        raise ValueError(
+        raise DataError(
             f"reader {self.reader} of {self.readers} found no text in {empty_passes} passes over {len(self.shards)} "
             "files: take fewer data loader workers"
         )
@@ -137,7 +143,9 @@ class TextStream(IterableDataset[Batch]):
 
     The first texts of the sources are never read for training: they are the attribute `heldout`, a `datasets.Dataset`
     with the column "text". Of `heldout` texts each source gives its share (by weight, else equal parts), but a source
-    found to be shorter than 20 times that only one text in twenty.
+    found to be shorter than 20 times that only one text in twenty. Copies of them are passed over.
+
+    Every file is opened, and its first rows are tried, before anything is read for training.
 
     Args:
         sources, config, text_column: as for `minilm.data.load_texts`.
@@ -153,6 +161,7 @@ class TextStream(IterableDataset[Batch]):
         heldout: how many texts to hold out.
 
     Raises:
+        DataError: from an iteration, what cannot be read; one sentence with the file and the row.
         ValueError: as `minilm.data.load_splits`; fewer texts than readers, where the source is short enough to count.
     """
 
@@ -187,12 +196,15 @@ class TextStream(IterableDataset[Batch]):
         self.rank = rank
         self.num_workers = num_workers
         self.readers = world_size * self._workers
+        check_sources(sources)
         parts = [
-            _hold_out(source, _shards(source, config, text_column), max(1, round(share * heldout)))
+            _hold_out(source, text_column, _shards(source, config, text_column), max(1, round(share * heldout)))
             for source, share in zip(sources, shares, strict=True)
         ]
         self.heldout = datasets.Dataset.from_dict({"text": [text for part in parts for text in part.heldout]})
-        self._sources, self._shares = [part.shards for part in parts], shares
+        without = frozenset(self.heldout["text"])
+        self._sources = [[shard._replace(without=without) for shard in part.shards] for part in parts]
+        self._shares = shares
         if weights is None:
             self._sources, self._shares = [list(itertools.chain(*self._sources))], [1.0]
         for left in [sum(part.left for part in parts)] if weights is None else [part.left for part in parts]:
@@ -314,36 +326,59 @@ class TextStream(IterableDataset[Batch]):
 
 
 def _shards(source: str, config: str | None, column: str) -> list[Shard]:
-    """The files of a source in their order, checked to have a text column."""
-    rows = open_source(source, config, streaming=True)
-    if is_plain_text(source):
-        column = "text"
-    try:
-        first = next(rows.iter(batch_size=1), None)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"cannot read the data {source!r}: {' '.join(str(error.__cause__ or error).split())}"
-        ) from error
+    """The files of a source in their order, tried to have a text column."""
+    if chosen := find_files(source):
+        for file in chosen.files:
+            try_file(file, column)
+        return [Shard(partial(read_rows, file, column)) for file in chosen.files]
+    rows = load_train_split(source, source, name=config, streaming=True)
+    first = next(_hub_rows(rows, source, None, 0), None)
     if first is None:
         raise ValueError(f"{source!r} holds no text: it has no rows")
     if column not in first:
         raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {list(first)}")
     rows = rows.select_columns([column])
-    return [Shard(rows.shard(rows.num_shards, index), column) for index in range(rows.num_shards)]
+    parts = [rows.shard(rows.num_shards, index) for index in range(rows.num_shards)]
+    return [Shard(partial(_hub_texts, part, f"{source}, part {index}", column)) for index, part in enumerate(parts)]
 
 
-def _hold_out(source: str, shards: list[Shard], most: int) -> Parts:
+def _hub_texts(rows: Any, name: str, column: str, start: int) -> Iterator[list[str | None]]:
+    row = start
+    for batch in _hub_rows(rows, name, ROWS_AT_ONCE, start):
+        for number, value in enumerate(batch[column], row + 1):
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"the column {column!r} holds {value!r}, not text, in row {number} of {name!r}")
+        row += len(batch[column])
+        yield batch[column]
+
+
+def _hub_rows(rows: Any, name: str, at_once: int | None, start: int) -> Iterator[Any]:
+    """Rows of a `datasets.IterableDataset` from `start` on, one by one or in batches."""
+    rows, row = rows.skip(start) if start else rows, start
+    with faults_at(lambda: f"{name!r} after row {row}"):
+        try:
+            for batch in rows if at_once is None else rows.iter(batch_size=at_once):
+                yield batch
+                row += at_once or 1
+        except (TypeError, datasets.exceptions.DatasetsError) as error:  # TypeError: a cast of Arrow's
+            raise DataError(f"cannot read {name!r} after row {row}: {' '.join(str(error).split())}") from error
+
+
+def _hold_out(source: str, column: str, shards: list[Shard], most: int) -> Parts:
     """Takes the first texts of the source out of it: `most`, or one in twenty."""
     enough = int(most / HELDOUT_SHARE)
     every_text = ((text, index, row) for index, shard in enumerate(shards) for text, row in shard.texts())
     ahead = list(itertools.islice(every_text, most))
-    count = len(ahead) + sum(1 for _ in itertools.islice(every_text, enough - len(ahead)))
+    ahead += itertools.islice(every_text, enough - len(ahead))
+    count = len(ahead)
     if not count:
-        raise ValueError(f"{source!r} holds no text: all rows of its column {shards[0].column!r} are empty")
+        raise ValueError(f"{source!r} holds no text: all rows of its column {column!r} are empty")
     held = ahead[: heldout_size(count, most)]
     _, last, row = held[-1]
     rest = [shards[last]._replace(first_row=row), *shards[last + 1 :]]
-    return Parts([text for text, _, _ in held], rest, count - len(held) if count < enough else math.inf)
+    texts = [text for text, _, _ in held]
+    left = sum(text not in texts for text, _, _ in ahead)
+    return Parts(texts, rest, left if count < enough else math.inf)
 
 
 def _as_text(closed: list[Row], open_rows: list[Row]) -> str:

@@ -46,11 +46,13 @@ from minilm.finite import FiniteWatch, NonFiniteError, all_finite
 from minilm.loss import MiniLMLoss
 from minilm.outputs import Output, check_temperature, forward_with_output, has_vocabulary_head, output_loss
 from minilm.progress import DistillationProgress
+from minilm.reading import DataError
 from minilm.runs import newest_intact
 from minilm.sampling import EpochSampler
 from minilm.streams import TextStream
 from minilm.students import freeze_unused
 from minilm.values import find_fault
+from minilm.workers import WorkerDeaths, worker_faults
 
 LOSS, GRADIENTS, WEIGHTS = "loss", "gradients", "weights"  # what is watched beside the parts
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -204,7 +206,7 @@ class DistillationTrainer(CheckpointingTrainer):
         self.teacher.eval().requires_grad_(False)
         self._output_per_token = bool(output_weight) and has_vocabulary_head(student)
         self._causal, self._with_output = criterion.causal, bool(output_weight)
-        self._clock, self._step_clock = model.clock, StepClock()
+        self._clock, self._step_clock, self._deaths = model.clock, StepClock(), WorkerDeaths()
         self._clock.enabled = args.logging_strategy != "no"  # else nobody would read it
         self.add_callback(self._step_clock)
         if not args.disable_tqdm:
@@ -239,11 +241,14 @@ class DistillationTrainer(CheckpointingTrainer):
                 return TrainOutput(state.global_step, 0.0, {})
         self._watch, self._sums = self._new_watch(), {}
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with worker_faults():  # of the evaluation's
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except NonFiniteError:
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the bars
             self.is_in_train = False
             raise
+        finally:
+            self._deaths.unwatch()
 
     def _new_watch(self) -> FiniteWatch:
         return FiniteWatch([*self.parts, LOSS, GRADIENTS, WEIGHTS], self.args.device)
@@ -318,17 +323,29 @@ class DistillationTrainer(CheckpointingTrainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of a step, and how many sequences and outputs it has on all ranks, (2,) float32.
 
-        The Trainer would count labels.
+        The Trainer would count labels. What one rank cannot read ends the run on all of them, by `DataError` after a
+        checkpoint of the last whole step.
         """
         self._step_clock.start()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(3, device=device)
+        self._deaths.watch()
+        batches: list[Any] = []
+        fault: DataError | None = None
+        try:
+            self._deaths.check()
+            with worker_faults():
+                batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except DataError as error:
+            fault = error
+        states = [state for batch in batches if (state := batch.pop("stream_state", None))]
         batches = [self._checked(batch) for batch in batches]
+        counts = torch.zeros(4, device=device)  # the last: of the ranks that cannot go on
+        counts[3] = float(fault is not None)
         for batch in batches:
-            if state := batch.pop("stream_state", None):
-                self._stream_states[state["reader"]] = state
-            counts += torch.stack([*self._counts(batch), count_tokens(batch)]).to(device)
+            counts[:3] += torch.stack([*self._counts(batch), count_tokens(batch)]).to(device)
         counts = self.accelerator.reduce(counts, "sum")
+        if fault or (self.args.world_size > 1 and counts[3]):
+            self.stop_after_saving(fault or DataError("another process could not read its data"))
+        self._stream_states |= {state["reader"]: state for state in states}
         self._add({"sequences": counts[0], "tokens": counts[2]})
         return batches, counts[:2]
 

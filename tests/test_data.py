@@ -1,6 +1,7 @@
 """Reading text: every kind of source, blank texts, the held-out part, tokenising, mixing by weights, each error."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 from tiny_text import tiny_tokenizer
 
-from minilm.data import fingerprint_source, load_splits, load_texts, split_heldout, tokenize
+from minilm.data import fingerprint_source, load_splits, load_texts, mixing_shares, split_heldout, tokenize
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +75,8 @@ def test_no_file_of_a_folder_is_left_out_for_a_word_in_its_name(tmp_path: Path) 
     folder = tmp_path / "texts"
     write_lines(folder / "chapter1.txt", "one")
     write_lines(folder / "training_methods.txt", "two")
-    write_lines(folder / "test.txt", "three")
-    write_lines(folder / "train" / "b.txt", "four")
-    assert sorted(read(folder)) == ["four", "one", "three", "two"]
+    write_lines(folder / "test_methods_of_the_latest_contest.txt", "three")
+    assert sorted(read(folder)) == ["one", "three", "two"]
 
 
 def test_splits_are_told_by_names_of_files_and_folders(tmp_path: Path) -> None:
@@ -93,10 +93,9 @@ def test_splits_are_told_by_names_of_files_and_folders(tmp_path: Path) -> None:
 def test_other_and_hidden_files_of_a_folder_are_not_read(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     write_lines(folder / "a[1].txt", "one")
-    for name in ("b.csv", "c.csv", "d.csv"):
-        write_lines(folder / name, "text", "not this")
     write_lines(folder / ".ipynb_checkpoints" / "a.jsonl", "{}")
     write_lines(folder / "README.md", "---", "configs: [{config_name: default, data_files: '*.csv'}]", "---")
+    write_lines(folder / "script.py", "not a text")
     assert read(folder) == read(folder / "a[1].txt") == ["one"]
     assert read(folder, text_column="sentence") == ["one"]  # which a folder of .txt files needs none of
 
@@ -115,7 +114,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
 
     rows = write_jsonl(tmp_path / "a.jsonl", [{"body": "one", "id": 1}])
     fails(r"has no column 'text'; choose with --text_column from \['body', 'id'\]", rows)
-    fails(r"the column 'id' of .* holds Value\('int64'\), not text", rows, text_column="id")
+    fails(r"the column 'id' holds 1, not text, in row 1 of '.*a\.jsonl'", rows, text_column="id")
     fails(r"there is no file or folder '.*missing\.txt'", tmp_path / "missing.txt")
     fails(r"there is no file or folder '\./missing'", "./missing")
     fails("cannot load the data 'no/such-name', which is no file or folder here, from the hub", "no/such-name")
@@ -124,14 +123,20 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     fails("'.*empty.txt' holds no text: the file is empty", tmp_path / "empty.txt")
     (tmp_path / "blank.txt").write_text("\n \n", encoding="utf-8")
     fails("'.*blank.txt' holds no text: all 2 rows of its column 'text' are empty", tmp_path / "blank.txt")
-    (tmp_path / "a.csv").write_text("a,b\n", encoding="utf-8")
-    fails(r"its suffix '\.csv' is none of \.txt, \.jsonl, \.parquet", tmp_path / "a.csv")
+    (tmp_path / "a.pdf").write_text("a,b\n", encoding="utf-8")
+    fails(r"its suffix '\.pdf' is none of \.txt, .*\.csv, .*\.parquet", tmp_path / "a.pdf")
     (tmp_path / "broken.jsonl").write_text('{"text": "one"', encoding="utf-8")
-    fails("cannot load the data '.*broken.jsonl': JSON", tmp_path / "broken.jsonl")
+    fails(r"cannot read '.*broken.jsonl' at row 1: no JSON \(Expecting ',' delimiter", tmp_path / "broken.jsonl")
 
-    fails(r"must hold one kind .*; it holds \.jsonl and \.txt", tmp_path)
+    fails(r"must hold one kind .*; it holds a\.jsonl, blank\.txt: name those to read", tmp_path)
     (tmp_path / "nothing").mkdir()
-    fails(r"must hold one kind .*; it holds none", tmp_path / "nothing")
+    fails(r"'.*nothing' holds no data \(\.txt, .*\): it holds none", tmp_path / "nothing")
+    write_lines(tmp_path / "documents" / "a.md", "no data")
+    fails(r"holds no data .*: it holds nothing but a\.md", tmp_path / "documents")
+    fails("the name of the data is empty", "")
+    os.mkfifo(tmp_path / "pipe.txt")
+    fails("pipe.txt' is neither a file nor a folder", tmp_path / "pipe.txt")
+    fails(r"the file name '.*\\udcff.txt' is not UTF-8", write_lines(tmp_path / "\udcff.txt", "one"))
 
 
 def test_the_heldout_part_is_the_same_in_every_run_and_apart_from_training() -> None:
@@ -144,7 +149,7 @@ def test_the_heldout_part_is_the_same_in_every_run_and_apart_from_training() -> 
 
 
 def test_the_heldout_part_has_bounds() -> None:
-    many = datasets.Dataset.from_dict({"text": ["text"] * 20_000})
+    many = datasets.Dataset.from_dict({"text": [f"text {number}" for number in range(20_000)]})
     assert len(split_heldout(many)[1]) == 512
     assert [len(part) for part in split_heldout(many.select(range(2)))] == [1, 1]
     with pytest.raises(ValueError, match="hold 1 text; at least 2 are needed"):
@@ -172,7 +177,7 @@ def sized(folder: Path, *counts: int) -> list[str]:
 
 def splits(sources: Sequence[str], **options: Any) -> tuple[list[str], list[str]]:
     tokenizer = tiny_tokenizer()
-    train, heldout = load_splits(sources, tokenizer, 64, **options)
+    train, heldout, _ = load_splits(sources, tokenizer, 64, **options)
     assert set(train.column_names) == set(heldout.column_names) == {"input_ids", "attention_mask"}
     return tokenizer.batch_decode(list(train["input_ids"])), tokenizer.batch_decode(list(heldout["input_ids"]))
 
@@ -241,3 +246,56 @@ def test_a_sources_fingerprint_goes_with_its_content_alone(tmp_path: Path) -> No
     assert fingerprint_source(str(here), None) != before
     write_lines(there.parent / "z.txt", "three")
     assert fingerprint_source(str(there.parent), None) != before
+
+
+def test_a_tables_other_columns_and_empty_parts_do_not_count(tmp_path: Path) -> None:
+    for kind, write in {"parquet": datasets.Dataset.to_parquet, "jsonl": datasets.Dataset.to_json}.items():
+        (tmp_path / kind).mkdir()
+        rows: list[dict[str, Any]] = [
+            {"text": "one", "id": 1},
+            {"text": "two", "id": "x"},
+            {"text": "three", "url": 0.5},
+        ]
+        for number, row in enumerate(rows):
+            write(datasets.Dataset.from_list([row]), str(tmp_path / kind / f"{number}.{kind}"))
+        (tmp_path / kind / f"3.{kind}").touch()
+        assert read(tmp_path / kind) == ["one", "two", "three"]
+    empty = datasets.Dataset.from_dict({"text": []}, features=datasets.Features({"text": datasets.Value("string")}))
+    empty.to_parquet(str(tmp_path / "parquet" / "4.parquet"))
+    assert read(tmp_path / "parquet") == ["one", "two", "three"]
+    write_jsonl(tmp_path / "jsonl" / "5.jsonl", [{"body": "four"}])
+    with pytest.raises(ValueError, match=r"5\.jsonl' has no column 'text'; choose with --text_column from \['body'\]"):
+        read(tmp_path / "jsonl")
+
+
+def test_copies_of_heldout_texts_are_not_trained_on(tmp_path: Path) -> None:
+    lines = [f"{chr(97 + n % 26)} {chr(97 + n // 26)}" for n in range(60)]
+    file = write_lines(tmp_path / "a.txt", *lines, *lines, *lines)
+    other = write_lines(tmp_path / "b.txt", *lines[30:], *(f"{line} more" for line in lines))
+    for options in ({}, {"weights": [1, 2]}):
+        train, heldout, copies = load_splits([str(file), str(other)], tiny_tokenizer(), 64, **options)
+        assert not {tuple(ids) for ids in train["input_ids"]} & {tuple(ids) for ids in heldout["input_ids"]}
+        assert copies > 0
+        assert len(set(map(tuple, train["input_ids"]))) + len(set(map(tuple, heldout["input_ids"]))) == 120
+    with pytest.raises(ValueError, match="all 19 texts to train on are copies of the 1 held-out ones"):
+        splits([str(write_lines(tmp_path / "same.txt", *["one"] * 20))])
+
+
+def test_what_would_be_read_twice_is_refused(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "texts" / "a.txt", "one", "two")
+    for sources in ([str(file)] * 2, [str(file.parent), str(file)]):
+        with pytest.raises(ValueError, match=r"the data hold '.*a\.txt' (twice|in '.*texts' and in '.*a\.txt')"):
+            splits(sources)
+
+
+def test_weights_whose_sum_overflows_are_shares_all_the_same(tmp_path: Path) -> None:
+    assert mixing_shares(["a", "b"], [1e308, 1e308]) == [0.5, 0.5]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_lines(tmp_path / "a.txt", "one", "two")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(file / "cache"))
+    with pytest.raises(
+        OSError, match=r"cannot write to the cache folder .*a\.txt/cache .*HF_DATASETS_CACHE or HF_HOME"
+    ):
+        read(file)

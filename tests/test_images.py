@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 from transformers import ViTImageProcessor
 
 from minilm.images import load_images, stack_images
+from minilm.reading import DataError
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -113,7 +114,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     fails(r"the column 'label' of .* holds Value\('int64'\), not images", parquet, image_column="label")
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": []}, features=features).to_parquet(str(tmp_path / "empty.parquet"))
-    fails("cannot load the data '.*empty.parquet': .*no data", tmp_path / "empty.parquet")
+    fails("'.*empty.parquet' holds no image: its files have no rows", tmp_path / "empty.parquet")
     fails("hold 1 .*; at least 2 are needed", write_images(tmp_path / "one", 1))
 
     monkeypatch.setattr(datasets.config, "PIL_AVAILABLE", False)
@@ -126,5 +127,18 @@ def test_only_what_is_read_is_decoded(tmp_path: Path) -> None:
     (folder / "000.png").write_bytes(b"broken")
     (folder / "001.png").write_bytes(b"broken")
     train, _ = load_images([str(folder)], processor())
-    with pytest.raises(OSError, match="cannot identify image file"):
+    with pytest.raises(DataError, match=r"cannot read the image '.*00\d\.png': cannot identify image file"):
         train[0]
+
+
+def test_splits_of_folders_are_told_apart_and_empty_parts_passed_over(tmp_path: Path) -> None:
+    write_images(tmp_path / "a" / "train" / "cat", 1, 2)
+    write_images(tmp_path / "a" / "test" / "cat", 3, 4)
+    train, heldout = load_images([str(tmp_path / "a")], processor())
+    assert sorted(levels(train) + levels(heldout)) == [1, 2]
+    (tmp_path / "b").mkdir()
+    write_parquet(tmp_path / "b" / "0.parquet", "image", 5, 6)
+    features = datasets.Features({"image": datasets.Image(), "id": datasets.Value("string")})
+    datasets.Dataset.from_dict({"image": [], "id": []}, features=features).to_parquet(str(tmp_path / "b" / "1.parquet"))
+    train, heldout = load_images([str(tmp_path / "b")], processor())
+    assert sorted(levels(train) + levels(heldout)) == [5, 6]

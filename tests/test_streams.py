@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import pytest
 import torch
 from tiny_text import tiny_tokenizer
 
+from minilm.reading import DataError
 from minilm.streams import TextStream
 
 Batch = dict[str, Any]
@@ -248,7 +250,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     fails("there is no file or folder", tmp_path / "missing.txt")
     fails("cannot load the data 'no/such-name'", "no/such-name")
     (tmp_path / "broken.jsonl").write_text('{"text": "one"', encoding="utf-8")
-    fails("cannot read the data '.*broken.jsonl': JSON", tmp_path / "broken.jsonl")
+    fails("cannot read '.*broken.jsonl' at row 1: no JSON", tmp_path / "broken.jsonl")
     (tmp_path / "blank.txt").write_text("\n \n", encoding="utf-8")
     fails("'.*blank.txt' holds no text: all rows of its column 'text' are empty", tmp_path / "blank.txt")
     (tmp_path / "empty.txt").touch()
@@ -288,3 +290,40 @@ def test_the_loader_must_be_the_streams_own(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("minilm.streams.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
     with pytest.raises(ValueError, match="the loader has 2 workers, the stream was made for 0"):
         next(iter(texts))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_in_reading_is_one_sentence_with_file_and_row(tmp_path: Path, num_workers: int) -> None:
+    lines = [f"{word(number)}\n".encode() for number in range(1, 400)]
+    (tmp_path / "a.txt").write_bytes(b"".join(lines[:300]) + b"caf\xe9\n" + b"".join(lines[300:]))
+    batches = stream(str(tmp_path / "a.txt"), num_workers=num_workers).loader()
+    with pytest.raises(DataError) as caught:
+        list(batches)
+    assert re.fullmatch(
+        r"cannot read '.*/a\.txt' at row 301: the byte 0xe9 is not UTF-8; convert the file, .*", str(caught.value)
+    )
+
+
+def test_a_fault_in_a_files_first_rows_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    folder = Path(write(tmp_path / "a", 30, 30))
+    (folder / "1.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"cannot read '.*1\.txt' at row 1: the byte 0xe9"):
+        stream(str(folder))
+    datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(str(tmp_path / "b.parquet"))
+    datasets.Dataset.from_dict({"body": ["one"]}).to_parquet(str(tmp_path / "c.parquet"))
+    with pytest.raises(ValueError, match=r"c\.parquet' has no column 'text'; choose .* from \['body'\]"):
+        stream(str(tmp_path / "b.parquet"), str(tmp_path / "c.parquet"))
+
+
+def test_a_file_that_is_deleted_is_named(tmp_path: Path) -> None:
+    texts = stream(write(tmp_path / "a", 30))
+    (tmp_path / "a" / "0.txt").unlink()
+    with pytest.raises(DataError, match=r"cannot read '.*0\.txt' at row .*: No such file or directory"):
+        next(iter(texts))
+
+
+def test_copies_of_heldout_texts_are_passed_over(tmp_path: Path) -> None:
+    words = [word(number) for number in (*range(1, 42), 1, 2, 1)]
+    (tmp_path / "a.txt").write_text("\n".join(words), encoding="utf-8")
+    batches = take(iter(stream(str(tmp_path / "a.txt"), batch_size=3)), 26)  # two passes
+    assert sorted(numbers(batches)) == sorted(2 * list(range(3, 42)))
