@@ -1,11 +1,13 @@
 """What a padding mask must not let through: padding's side, content and amount, the other sequences of the batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from loss_cases import Case, Inputs, Outcome, build, check_outcome, evaluate
 from torch import Tensor
 
-from minilm_kernels import relation_kl
+from minilm_kernels import _chunked, relation_kl
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -154,18 +156,33 @@ def test_prefix_over_padding_lets_no_padding_in(fused: str, device: str) -> None
     assert exact.loss.isfinite()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("reduction", ["sequence", "sum"])
-def test_a_hole_that_is_longer_than_a_block_of_rows(causal: bool, reduction: str) -> None:
-    """`chunked` takes 512 rows at a time here; of a whole block none is a token."""
-    case = Case(id="long hole", n=1024, student=(2, 2, 4), masks=("full", "empty"), batch=2, causal=causal)
-    inputs = build(case, "cpu")
-    mask = inputs.options["attention_mask"]
-    mask[:, 8:-8] = False
-    mask[1, :8] = True
-    check_outcome(
-        evaluate(inputs, "chunked"), evaluate(inputs, "reference"), evaluate(inputs, "reference", torch.float64)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "prefix_lengths": (130, 40)}], ids=str)
+@pytest.mark.parametrize("reduction", ["sequence", "token", "none"])
+def test_holes_wider_than_a_block(
+    options: dict[str, Any], reduction: str, implementation: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the left, in the middle, at the right; a prefix that ends in a hole; NaN in them."""
+    monkeypatch.setattr(_chunked, "BLOCK_ELEMENTS", 16)  # blocks of 16 rows
+    inputs = build(
+        Case(id="wide holes", n=140, batch=2, teacher=(1, 1, 4), student=(1, 1, 3), relations=("qk",)), device
     )
+    mask = torch.zeros(2, 140, dtype=torch.bool, device=device)
+    mask[0, 40:44] = mask[0, 120:] = mask[1, :3] = mask[1, 60:64] = True
+    inputs = with_padding_of(Inputs(*inputs[:2], {"attention_mask": mask}), float("nan"))
+    options = {k: torch.tensor(v, device=device) if k == "prefix_lengths" else v for k, v in options.items()}
+
+    def outcome(implementation: str, dtype: torch.dtype) -> list[Tensor]:
+        x_t, y_t = (x.to(dtype) for x in inputs.teacher[:2])
+        x_s, y_s = (x.detach().to(dtype).requires_grad_() for x in inputs.student[:2])
+        loss = relation_kl(
+            x_t, y_t, x_s, y_s, attention_mask=mask, reduction=reduction, implementation=implementation, **options
+        )
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), (x_s, y_s))]
+
+    exact = outcome("reference", torch.float64)
+    assert exact[0].sum() > 0
+    for x, x_exact in zip(outcome(implementation, torch.float32), exact, strict=True):
+        torch.testing.assert_close(x, x_exact.float(), rtol=1e-4, atol=1e-6)
 
 
 SMALL_INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32]
