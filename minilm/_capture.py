@@ -103,7 +103,7 @@ def attention_qkv(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: i
 
     Gradients flow if they are enabled. Raises as `capture` does.
     """
-    takes_cache = "use_cache" in inspect.signature(_unwrap(model).forward).parameters
+    takes_cache = "use_cache" in inspect.signature(uncompiled(model).forward).parameters
     with capture(model, (layer,), stop=True) as captured:
         model(**{**inputs, "use_cache": False} if takes_cache else inputs)
     return captured[layer]
@@ -126,7 +126,7 @@ class _Recorder:
     """What one `capture` wants of one model, and what it has got."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], stop: bool) -> None:
-        model = _unwrap(model)
+        model = uncompiled(model)
         if model.config.is_encoder_decoder and hasattr(model.base_model, "decoder"):
             name = type(model).__name__
             raise ValueError(f"{name} is an encoder-decoder: capture model.get_encoder() or model.get_decoder()")
@@ -181,8 +181,8 @@ class _Recorder:
         raise ValueError(f"no attention of layers {missing} was seen: the forward of {name} ran that of layers {ran}")
 
 
-def _unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model within a compiled one."""
+def uncompiled(model: Any) -> PreTrainedModel:
+    """The transformers model itself, or that within a compiled one. Raises `TypeError` for anything else."""
     original = getattr(model, "_orig_mod", model)
     if isinstance(original, PreTrainedModel):
         return original
@@ -200,7 +200,7 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 def _places(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[int, tuple[int, ...]], set[int]]:
     """For the id of each module within a layer, that layer's number, or numbers in the order in which it runs as them.
 
-    Also the ids of modules that have their like in the same layer. The layers are the outermost lists that are as long as the
+    Also the ids of modules that have their like in the same layer. The layers are the outermost lists as long as the
     config says; ALBERT's groups of layers run one after another, each as often as its share.
     """
     count = num_layers(model)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minilm._capture import QKV, capture
+from minilm._capture import QKV, capture, uncompiled
 
 CHUNK_ELEMENTS = {"cuda": 1 << 24, "cpu": 1 << 22}  # logits of one model in a chunk of rows: 64 and 16 MiB in float32
 
@@ -42,11 +42,13 @@ def forward_with_output(model: PreTrainedModel, inputs: Mapping[str, Any], layer
     """q (B, H, N, D), k and v (B, H_kv, N, D) of one layer, and what the head makes of the same forward.
 
     A model with a vocabulary head (masked or causal LM) gives `TokenOutput`, and no logits are computed; one with a
-    classifier gives `ExampleOutput`. Gradients flow if they are enabled, into tied embeddings too.
+    classifier gives `ExampleOutput`. Gradients flow if they are enabled, into tied embeddings too. Of a compiled model
+    the original runs: a compiled forward cannot end at the output layer.
 
     Raises as `capture` does, and `ValueError` for a model without such a head. That nothing comes after the output
     layer is `check_output`'s to see.
     """
+    model = uncompiled(model)
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs = {**inputs, "use_cache": False}  # a cache hands out copies of k and v
     output_layer = _output_layer(model)

@@ -16,7 +16,7 @@ def own_attention_matches(model: PreTrainedModel, inputs: Mapping[str, Tensor], 
 
 @torch.no_grad()
 def own_attention_errors(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[float]:
-    """Layer by layer the largest |softmax(q kᵀ/√d) − attention|, over the keys that the model's mask allows."""
+    """Layer by layer the largest |softmax(q kᵀ/√d) − attention| of real tokens, over the keys that the mask allows."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     own = model(**inputs, output_attentions=True).attentions
@@ -24,10 +24,12 @@ def own_attention_errors(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -
     layers = range(1, num_layers(model) + 1)
     with capture(model, layers) as captured:
         model(**inputs)
+    tokens = inputs.get("attention_mask")
+    rows = 1.0 if tokens is None else tokens[:, None, :, None]  # what padding attends to is the model's own affair
     errors = []
     for layer, attention in zip(layers, own, strict=True):
         q, k, _ = captured[layer]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(attention == 0, -torch.inf)
-        errors.append((scores.softmax(-1) - attention).abs().max().item())
+        errors.append(((scores.softmax(-1) - attention).abs() * rows).max().item())
     return errors

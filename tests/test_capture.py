@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from own_attention import own_attention_matches
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, CLIPConfig, PreTrainedModel
@@ -15,6 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minilm import fused_minilm_loss
 from minilm._capture import QKV, attention_qkv, capture, num_layers, resolve_layer
+from minilm.outputs import forward_with_output
+from minilm.students import freeze_unused
 
 # The modules whose outputs become q, k and v, and whether rotary position follows.
 PROJECTIONS = {
@@ -477,3 +481,239 @@ def test_stopping_changes_no_gradient(family: str) -> None:
     for expected, gradient in zip(whole, stopped, strict=True):
         assert (expected is None) == (gradient is None)
         assert expected is None or torch.equal(expected, gradient)
+
+
+WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64}
+TEXT = {**WIDTHS, "vocab_size": 60, "max_position_embeddings": 64, "pad_token_id": 0}
+IDS = {"bos_token_id": 1, "eos_token_id": 2}
+CODERS = {
+    **{"vocab_size": 60, "d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "max_position_embeddings": 64, **IDS},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{"pad_token_id": 0, "decoder_start_token_id": 1},
+}
+SOUND = {
+    **{**WIDTHS, "conv_dim": (16, 16), "conv_kernel": (4, 4), "conv_stride": (4, 4), "num_feat_extract_layers": 2},
+    **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2},
+}
+GEMMA = {**TEXT, **IDS, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 5}
+STAGES = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+
+# Where the scale goes: name of the classes and arguments of the config.
+SCALES = {
+    "Bert": TEXT,  # 1/√D is left to the core
+    "Roberta": {**TEXT, **IDS},
+    "Albert": {**TEXT, "embedding_size": 16},
+    "ModernBert": {**TEXT, **IDS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4},
+    "Esm": {**TEXT, "position_embedding_type": "rotary", "mask_token_id": 4},  # into q, before rotary position
+    "OPT": {**TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32},  # into q
+    "Whisper": {**CODERS, "num_mel_bins": 8, "max_source_positions": 10},
+    "Bart": CODERS,
+    "T5": {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4},  # nowhere
+    "Gemma2": {**GEMMA, "attn_logit_softcapping": None},  # of the config
+    "Gemma3Text": GEMMA,
+    "Granite": {**TEXT, **IDS, "attention_multiplier": 0.3},
+    "GPT2": {
+        **{"vocab_size": 60, "n_positions": 64, "n_embd": 32, "n_head": 4, "n_layer": 3, **IDS},
+        "scale_attn_by_inverse_layer_idx": True,  # another in every layer
+    },
+    "Qwen3": {**TEXT, **IDS, "num_key_value_heads": 2, "head_dim": 16},
+    "CLIPText": {**TEXT, **IDS},
+    "Wav2Vec2": SOUND,
+    "Hubert": SOUND,
+    "ViT": {**WIDTHS, "image_size": 16, "patch_size": 8},
+    "Dinov2": {**WIDTHS, "image_size": 16, "patch_size": 8},
+}
+
+
+def made(prefix: str, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """In eval mode, with large weights; the encoder of an encoder-decoder, without an additive bias."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, f"{prefix}Model")(getattr(transformers, f"{prefix}Config")(**config))
+    if prefix in ("Whisper", "Bart", "T5"):
+        model = model.get_encoder()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.0 if "attention_bias" in name else 0.3)
+    return model.eval()
+
+
+def its_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    sizes = {"pixel_values": (2, 3, 16, 16), "input_values": (2, 200), "input_features": (2, 8, 20)}
+    size = sizes.get(model.main_input_name)
+    return tiny_inputs(model) if size is None else {model.main_input_name: torch.randn(size)}
+
+
+@pytest.mark.parametrize("family", SCALES)
+def test_softmax_of_q_and_k_is_the_models_own_attention(family: str) -> None:
+    model = made(family, **SCALES[family])
+    assert own_attention_matches(model, its_inputs(model))
+
+
+def test_a_scaled_query_has_the_gradient_of_its_projection() -> None:
+    """OPT's projection, scaled by 1/√D before the core and by √D in capture, is itself again; BERT's is untouched."""
+    model = made("OPT", **SCALES["OPT"])
+    projection: nn.Linear = model.decoder.layers[-1].self_attn.q_proj
+    inputs, outputs = tiny_inputs(model), []
+    projection.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    query = attention_qkv(model, inputs)[0].transpose(1, 2).flatten(2)
+    torch.testing.assert_close(query, outputs[0])
+    found, exact = (
+        torch.autograd.grad(x.square().sum(), projection.weight, retain_graph=True)[0] for x in (query, outputs[0])
+    )
+    torch.testing.assert_close(found, exact)
+    assert attention_qkv(made("Bert", **TEXT), inputs)[0]._base is not None
+
+
+def kept_in_place(model: PreTrainedModel, layers: list[int], **config: int) -> tuple[PreTrainedModel, list[Tensor]]:
+    """The model with some of its layers, and a list that every forward fills with their v, bottom to top."""
+    path = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    parent, _, name = path.rpartition(".")
+    all_layers = model.get_submodule(path)
+    setattr(model.get_submodule(parent), name, nn.ModuleList([all_layers[layer] for layer in layers]))
+    for key, value in config.items():
+        setattr(model.config, key, value)
+    values: list[Tensor] = []
+    for module in dict.fromkeys(model.get_submodule(path)):
+        for inner, projection in module.named_modules():
+            if inner.split(".")[-1] in ("value", "Wqkv", "v_proj", "c_attn"):
+                projection.register_forward_hook(lambda *call: values.append(call[-1][..., -32:]))
+    return model, values
+
+
+@pytest.mark.parametrize("layers", [[1, 3, 5], [0, 2, 3], [4, 1], [0, 0, 2, 2], [5]])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama"])
+def test_layers_kept_in_place_count_as_they_stand(family: str, layers: list[int]) -> None:
+    name = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    model, values = kept_in_place(tiny_model(family, **{name: 6}), layers, num_hidden_layers=len(layers))
+    inputs = {**tiny_inputs(model), **({"use_cache": False} if family in ("gpt2", "llama") else {})}
+    numbers = range(1, len(layers) + 1)
+    with capture(model, [*numbers, -1]) as captured:
+        model(**inputs)
+    own = list(values)
+    assert len(own) == len(layers)
+    for number, value in zip([*numbers, -1], [*own, own[-1]], strict=True):
+        assert torch.equal(captured[number][2].transpose(1, 2).flatten(2), value)
+        assert torch.equal(attention_qkv(model, inputs, number)[2], captured[number][2])
+
+
+def test_only_the_last_layer_kept_in_place_is_frozen() -> None:
+    model, _ = kept_in_place(tiny_model("bert", num_hidden_layers=12), [0, 3, 6, 9], num_hidden_layers=4)
+    frozen = {name.split(".")[2] for name in freeze_unused(model) if name.startswith("encoder.layer.")}
+    assert frozen == {"3"}
+
+
+@pytest.mark.parametrize("counted", [6, 2])
+def test_a_config_that_counts_other_layers_is_refused(counted: int) -> None:
+    model, _ = kept_in_place(tiny_model("bert", num_hidden_layers=6), [1, 3, 5], num_hidden_layers=counted)
+    sentence = (
+        rf"^BertModel counts {counted} layers in its config \(num_hidden_layers\) and holds 3 in encoder\.layer: "
+        r"set model\.config\.num_hidden_layers = 3$"
+    )
+    for layer in (1, -1):
+        with pytest.raises(ValueError, match=sentence):
+            attention_qkv(model, tiny_inputs(model), layer)
+
+
+def test_a_decoder_counts_its_own_layers() -> None:
+    decoder = transformers.BartModel(transformers.BartConfig(**CODERS)).eval().get_decoder()
+    assert num_layers(decoder) == 2
+    with capture(decoder, [1, 2]) as captured:
+        decoder(**tiny_inputs(decoder), use_cache=False)
+    assert not torch.equal(captured[1][0], captured[2][0])
+
+
+def test_albert_groups_run_one_after_another() -> None:
+    model = made("Albert", **{**SCALES["Albert"], "num_hidden_layers": 5, "num_hidden_groups": 2})
+    queries: list[Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("query"):
+            module.register_forward_hook(lambda *call: queries.append(call[-1]))
+    with capture(model, range(1, 6)) as captured:
+        model(**tiny_inputs(model))
+    own = list(queries)
+    assert len(own) == 5
+    for layer, query in enumerate(own, start=1):
+        assert torch.equal(captured[layer][0].transpose(1, 2).flatten(2), query)
+    assert own_attention_matches(model, tiny_inputs(model))
+
+
+@pytest.mark.parametrize("layer", [1, 2, -1])
+def test_several_attentions_in_a_layer_are_refused(layer: int) -> None:
+    albert = made("Albert", **{**SCALES["Albert"], "num_hidden_layers": 4, "inner_group_num": 2})
+    swin = made("Swin", **STAGES)
+    for model, inputs in ((albert, tiny_inputs(albert)), (swin, {"pixel_values": torch.randn(1, 3, 32, 32)})):
+        with pytest.raises(ValueError, match=rf"^{type(model).__name__} has several attentions \("):
+            attention_qkv(model, inputs, layer)
+
+
+@pytest.mark.parametrize(("family", "where"), [("Wav2Vec2", "config.layerdrop"), ("OPT", "decoder.layerdrop")])
+def test_layerdrop_is_refused_in_training_mode(family: str, where: str) -> None:
+    model = made(family, **SCALES[family], layerdrop=0.5)
+    inputs = its_inputs(model)
+    attention_qkv(model, inputs)
+    model.train()
+    sentence = rf"^{family}Model in training mode leaves out .*: set model\.{where} = 0\.0, it is 0\.5$"
+    with pytest.raises(ValueError, match=sentence):
+        attention_qkv(model, inputs)
+    owner, _, name = where.rpartition(".")
+    setattr(getattr(model, owner), name, 0.0)
+    attention_qkv(model, inputs)
+
+
+def test_what_did_not_run_is_told_apart() -> None:
+    model = tiny_model("bert")
+    with pytest.raises(ValueError, match=r"seen: no forward of BertModel ran inside capture$"), capture(model):
+        pass
+    model.encoder.layer[2].forward = lambda hidden, *_, **__: hidden
+    with pytest.raises(ValueError, match=r"seen: the forward of BertModel ran that of layers \[1, 2, 4\]$"):
+        attention_qkv(model, tiny_inputs(model), 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("MegatronBert", "MegatronBertSelfAttention"), ("Luke", "LukeSelfAttention"), ("Bloom", "BloomAttention")],
+)
+def test_the_class_that_computes_attention_by_itself_is_named(family: str, attention: str) -> None:
+    model = made(family, **TEXT)
+    sentence = rf"{attention} of models of type '[\w-]+' computes attention by itself, not through transformers'"
+    with pytest.raises(ValueError, match=sentence):
+        attention_qkv(model, tiny_inputs(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_autocast_gives_one_type_behind_rotary_position(family: str) -> None:
+    model = tiny_model(family)
+    inputs = {**tiny_inputs(model), "use_cache": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs)[0]
+        with capture(model, [4]) as captured:
+            during = model(**inputs)[0]
+    assert {tensor.dtype for tensor in captured[4]} == {torch.bfloat16}
+    assert torch.equal(during, expected)
+
+
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < "2.13",
+    reason="before torch 2.13 dynamo misses that a config changes within the graph, and runs the call eagerly",
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which dynamo itself reads
+def test_a_compiled_model_runs_compiled() -> None:
+    torch._dynamo.reset()
+    model = tiny_model("bert", "ForMaskedLM", num_hidden_layers=2)
+    graphs: list[Any] = []
+    inputs = tiny_inputs(model)
+    compiled = torch.compile(model, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])
+    exact = attention_qkv(model, inputs, 2)
+    assert not graphs
+    (with_output, _), (exact_output, _) = (forward_with_output(each, inputs, 2) for each in (compiled, model))
+    assert not graphs
+    captured = attention_qkv(compiled, inputs, 2)
+    assert graphs
+    for found, expected in ((captured, exact), (with_output, exact_output)):
+        for tensor, same in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, same)
+
+
+def test_parallel_wrappers_are_refused_with_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"got DataParallel: wrap a module in DataParallel whose forward captures"):
+        attention_qkv(nn.DataParallel(tiny_model("bert")), {})  # type: ignore[arg-type]
