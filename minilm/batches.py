@@ -238,7 +238,7 @@ def check_prefixes(model: PreTrainedModel) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prefix_lengths": prefix}
     with model_tried(model, "take the mask of a prefix"):
         inputs = model_inputs(base, batch, True)
-        last_of_prefix, behind = (bool(moved_tokens(base, inputs, at, tokens[8])[:3].any()) for at in (3, 4))
+        last_of_prefix, behind = (bool(moved[:3].any()) for moved in moved_tokens(base, inputs, (3, 4), tokens[8]))
     if behind or not last_of_prefix:
         seen = "also see" if behind else "do not see each other, nor"
         raise ValueError(

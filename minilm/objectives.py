@@ -88,7 +88,8 @@ def is_causal(model: PreTrainedModel) -> bool:
     tokens = random_tokens(base, 9)
     inputs = {"input_ids": tokens[None, :8], "attention_mask": torch.ones_like(tokens[None, :8])}
     with model_tried(model, "run on a few random tokens alone"):
-        ahead = [bool(moved_tokens(base, inputs, at, tokens[8])[:at].any()) for at in (1, 6)]
+        early, late = moved_tokens(base, inputs, (1, 6), tokens[8])
+    ahead = [bool(early[:1].any()), bool(late[:6].any())]
     if ahead[0] != ahead[1]:
         where = "early" if ahead[0] else "late"
         raise ValueError(

@@ -91,14 +91,16 @@ def last_hidden_state(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tens
     return hidden
 
 
-def moved_tokens(model: PreTrainedModel, inputs: Mapping[str, Any], position: int, token: Tensor) -> Tensor:
-    """(N,) bool: of which tokens the output changes when `token` takes the place of the one at `position`; B is 1."""
-    changed = inputs["input_ids"].clone()
-    changed[0, position] = token
-    before, after = (
-        last_hidden_state(model, {**inputs, "input_ids": ids})[0].float() for ids in (inputs["input_ids"], changed)
-    )
-    moved: Tensor = (after - before).norm(dim=-1) > _MOVED * before.norm(dim=-1)
+def moved_tokens(
+    model: PreTrainedModel, inputs: Mapping[str, Any], positions: tuple[int, ...], token: Tensor
+) -> list[Tensor]:
+    """For each of `positions` (N,) bool: of which tokens the output changes when `token` takes its place; B is 1."""
+    before, moved = last_hidden_state(model, inputs)[0].float(), []
+    for position in positions:
+        changed = inputs["input_ids"].clone()
+        changed[0, position] = token
+        after = last_hidden_state(model, {**inputs, "input_ids": changed})[0].float()
+        moved.append((after - before).norm(dim=-1) > _MOVED * before.norm(dim=-1))
     return moved
 
 
