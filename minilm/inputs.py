@@ -60,7 +60,7 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
     if packing and not isinstance(train, TextStream):
         assert max_length is not None
         train = pack(train, max_length)
-    description = {
+    description: dict[str, Any] = {
         "name": "the standard library's docstrings" if arguments.demo else ", ".join(arguments.data.data or []),
         "unit": "images" if max_length is None else "sequences",
         "train_sequences": sequences,
