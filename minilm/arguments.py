@@ -116,9 +116,9 @@ class DataArguments:
     data: list[str] | None = field(
         default=None,
         metadata=_about(
-            "Text to distil on: .txt (a text a line), .jsonl or .parquet files, folders of one kind of them, or names "
-            "of data sets on the hub. For a vision teacher folders or .parquet files of images. One text in twenty, "
-            "at most 512, is held out.",
+            "Text to distil on: .txt (a text a line), .csv, .json, .jsonl, .arrow or .parquet files, folders of one "
+            "kind of them (of which the training split is read), or names of data sets on the hub. For a vision "
+            "teacher folders or .parquet files of images. One text in twenty, at most 512, is held out.",
             "NAME|FILE|DIR",
         ),
     )

@@ -190,7 +190,8 @@ def _read_json(path: Path, column: str, start: int) -> Rows:
 
 
 def _json_values(path: Path, column: str) -> Iterator[Any]:
-    seen, number, columns = False, 0, []
+    seen, number = False, 0
+    columns: list[str] = []
     for number, record in enumerate(_records(path, column), 1):
         if not isinstance(record, dict):
             raise ValueError(f"{str(record)[:40]!r} is no record with columns")

@@ -197,9 +197,10 @@ class TextStream(IterableDataset[Batch]):
         self.num_workers = num_workers
         self.readers = world_size * self._workers
         check_sources(sources)
+        shards = [_shards(source, config, text_column) for source in sources]
         parts = [
-            _hold_out(source, text_column, _shards(source, config, text_column), max(1, round(share * heldout)))
-            for source, share in zip(sources, shares, strict=True)
+            _hold_out(source, text_column, files, max(1, round(share * heldout)))
+            for source, files, share in zip(sources, shards, shares, strict=True)
         ]
         self.heldout = datasets.Dataset.from_dict({"text": [text for part in parts for text in part.heldout]})
         without = frozenset(self.heldout["text"])
