@@ -1,5 +1,6 @@
 """What autograd asks for: gradcheck, retain_graph, accumulation, and second derivatives or an error."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.utils.checkpoint
 from loss_cases import Case, build
 from torch import Tensor
+from torch.autograd import forward_ad, functional
 
 from minilm_kernels import fused_minilm_loss, relation_kl
 
@@ -230,3 +232,65 @@ def test_a_teacher_under_inference_mode(fused: str, device: str) -> None:
     )
     for g, g_expected in zip(actual, expected, strict=True):
         assert torch.equal(g, g_expected)
+
+
+TANGENT = torch.tensor([[[[1.0, -1.0], [0.5, 2.0], [0.0, 1.0]]]])
+Function = Callable[[Tensor], Tensor]
+
+
+def through_dual_tensors(f: Function, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, TANGENT))).tangent
+
+
+def without_grad(f: Function, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return through_dual_tensors(f, x)
+
+
+def batched(f: Function, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x), x, torch.ones(3), is_grads_batched=True)[0]
+
+
+TRANSFORMS: dict[str, Callable[[Function, Tensor], Any]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (TANGENT,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "vmap": lambda f, x: torch.vmap(f)(x[None]),
+    "functional.jvp": lambda f, x: functional.jvp(f, x, TANGENT),
+    "functional.hvp": lambda f, x: functional.hvp(f, x, TANGENT),
+    "functional.jacobian, forward": lambda f, x: functional.jacobian(f, x, vectorize=True, strategy="forward-mode"),
+    "functional.jacobian, vectorized": lambda f, x: functional.jacobian(f, x, vectorize=True),
+    "dual tensors": through_dual_tensors,
+    "dual tensors that require grad": lambda f, x: through_dual_tensors(f, x.clone().requires_grad_()),
+    "dual tensors without grad": without_grad,
+    "batched gradients": batched,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode's own use
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_transforms_are_refused_or_right(transform: str, masked: bool, implementation: str) -> None:
+    """Never silently 0: only the reference has rules for them, and masks are no hindrance there."""
+    generator = torch.Generator().manual_seed(0)
+    x_t, x_s = (torch.randn(1, 1, 3, 2, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 0]]) if masked else None
+
+    def f(x: Tensor) -> Tensor:
+        return relation_kl(x_t, x_t, x, x_s, attention_mask=mask, implementation=implementation)
+
+    if implementation == "reference":
+        TRANSFORMS[transform](f, x_s)
+    else:
+        with pytest.raises(RuntimeError, match=r"^implementation='\w+' .* implementation='reference'$"):
+            TRANSFORMS[transform](f, x_s)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode's own use
+def test_a_tangent_of_the_teacher_is_that_of_a_constant(implementation: str) -> None:
+    x_s = TANGENT.flip(2)
+    assert through_dual_tensors(lambda x: relation_kl(x, x, x_s, x_s, implementation=implementation), x_s) is None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class NoKernel(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_kernel() -> Iterator[None]:
     with NoKernel():
         yield
@@ -100,7 +101,50 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "NaN weight": ({"relations": {"qk": float("nan")}}, ValueError, ["'qk'", "nan"]),
     "infinite weight": ({"relations": {"qk": float("inf")}}, ValueError, ["'qk'", "inf"]),
     "all weights 0": ({"relations": {"qk": 0.0}}, ValueError, ["weight 0", "qk"]),
+    "a tensor for a weight": (
+        {"relations": {"qk": torch.nn.Parameter(torch.tensor(1.5))}}, TypeError, ["'qk'", "number", "Parameter"],
+    ),
+    "a string for a weight": ({"relations": {"qk": "1.5"}}, TypeError, ["'qk'", "number", "'1.5'"]),
+    "complex weight": ({"relations": {"qk": 1j}}, TypeError, ["'qk'", "number", "complex"]),
+    "weight beyond every float": ({"relations": {"qk": 10**400}}, ValueError, ["'qk'", "3.4e+38"]),
+    "weight beyond float32": ({"relations": {"qk": 1e300}}, ValueError, ["'qk'", "finite", "1e+300"]),
+    "None for the relations": ({"relations": None}, TypeError, ["sequence", "None"]),
+    "a tensor for the relations": ({"relations": torch.ones(2)}, TypeError, ["sequence", "Tensor"]),
+    "lists for relations": ({"relations": [["qk"], ["vv"]]}, ValueError, ["['qk']", "q, k, v"]),
     # allowed keys
+    "sparse tensor": ({"teacher": (x().to_sparse(), x(), x())}, TypeError, ["teacher", "dense", "torch.sparse_coo"]),
+    "mkldnn tensor": ({"student": (x().to_mkldnn(), x(), x())}, TypeError, ["student", "dense", "torch._mkldnn"]),
+    "nested tensor": (
+        {"teacher": (torch.nested.nested_tensor([x()[0], x()[1]], layout=torch.jagged), x(), x())},
+        TypeError, ["teacher", "dense", "nested"],
+    ),
+    "causal a string": ({"causal": "no"}, TypeError, ["causal", "True or False", "'no'"]),
+    "causal a list": ({"causal": []}, TypeError, ["causal", "True or False", "[]"]),
+    "causal a tensor": ({"causal": torch.tensor([True, False])}, TypeError, ["causal", "True or False", "Tensor"]),
+    "causal a number": ({"causal": 2}, TypeError, ["causal", "True or False", "2"]),
+    "additive mask": (
+        {"attention_mask": torch.tensor([[0.0] * 5 + [-1e9] * 2] * B)}, ValueError,
+        ["attention_mask", "0 and 1", "-1000000000.0"],
+    ),
+    "additive mask of integers": (
+        {"attention_mask": torch.tensor([[0] * 5 + [-10000] * 2] * B)}, ValueError,
+        ["attention_mask", "positive", "-10000"],
+    ),
+    "NaN mask": ({"attention_mask": torch.full((B, N), torch.nan)}, ValueError, ["attention_mask", "0 and 1", "nan"]),
+    "sparse mask": (
+        {"attention_mask": torch.ones(B, N).to_sparse()}, TypeError, ["attention_mask", "dense", "torch.sparse_coo"],
+    ),
+    "complex mask": (
+        {"attention_mask": torch.ones(B, N, dtype=torch.complex64)}, TypeError,
+        ["attention_mask", "integer", "torch.complex64"],
+    ),
+    "complex prefix": (
+        {"prefix_lengths": torch.ones(B, dtype=torch.complex64), "causal": True}, TypeError,
+        ["prefix_lengths", "integer", "torch.complex64"],
+    ),
+    "complex packing": (
+        packed(cu_seqlens=torch.tensor([0j, 7])), TypeError, ["cu_seqlens", "integer", "torch.complex64"],
+    ),
     "mask of another shape": (
         {"attention_mask": torch.ones(B, N + 1)}, ValueError, ["attention_mask", "(2, 7)", "(2, 8)"],
     ),
@@ -148,6 +192,16 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "temperature negative": ({"temperature": -1.5}, ValueError, ["temperature", "positive", "-1.5"]),
     "temperature NaN": ({"temperature": float("nan")}, ValueError, ["temperature", "positive", "nan"]),
     "temperature a tensor": ({"temperature": torch.tensor(2.0)}, TypeError, ["temperature", "number", "Tensor"]),
+    "temperature infinite": ({"temperature": float("inf")}, ValueError, ["temperature", "3.4e+38", "inf"]),
+    "temperature below float32": ({"temperature": 1e-46}, ValueError, ["temperature", "1.18e-38", "1e-46"]),
+    "temperature below every normal float": (
+        {"temperature": 1e-320}, ValueError, ["temperature", "1.18e-38", "1e-320"],
+    ),
+    "temperature beyond every float": ({"temperature": 10**400}, ValueError, ["temperature", "3.4e+38"]),
+    "temperature a string": ({"temperature": "2"}, TypeError, ["temperature", "number", "'2'"]),
+    "no reduction": ({"reduction": None}, ValueError, ["reduction", "sequence, token, sum", "None"]),
+    "a tensor for the reduction": ({"reduction": torch.ones(9, 9)}, ValueError, ["reduction", "Tensor"]),
+    "a list for the implementation": ({"implementation": ["triton"]}, ValueError, ["implementation", "['triton']"]),
     "unknown reduction": ({"reduction": "mean"}, ValueError, ["reduction", "sequence, token, sum", "'mean'"]),
     "rows of a sum of relations": ({"reduction": "none"}, ValueError, ["reduction", "sequence, token, sum", "'none'"]),
     "unknown implementation": (
@@ -170,6 +224,7 @@ def assert_one_sentence(message: str, parts: list[str]) -> None:
         assert re.search(rf"(?<!\w){re.escape(part)}(?!\w)", message), f"{part!r} is not in {message!r}"
 
 
+@pytest.mark.usefixtures("no_kernel")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_use_of_the_loss(wrong: str) -> None:
     arguments, error, parts = WRONG[wrong]
@@ -178,6 +233,7 @@ def test_wrong_use_of_the_loss(wrong: str) -> None:
     assert_one_sentence(str(raised.value), parts)
 
 
+@pytest.mark.usefixtures("no_kernel")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_use_of_the_module(wrong: str) -> None:
     arguments, error, parts = WRONG[wrong]
@@ -207,6 +263,7 @@ ONE_RELATION: dict[str, tuple[Callable[[], Tensor], type[Exception], list[str]]]
 }
 
 
+@pytest.mark.usefixtures("no_kernel")
 @pytest.mark.parametrize("wrong", ONE_RELATION)
 def test_wrong_use_of_one_relation(wrong: str) -> None:
     call, error, parts = ONE_RELATION[wrong]
@@ -225,3 +282,16 @@ def test_triton_by_name_does_not_fall_back_without_a_gpu() -> None:
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert re.search(r"ValueError: implementation='triton' .*cuda.*cpu", run.stderr)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(2, 4, 7, 6, generator=generator) for _ in range(2))
+    sides = (teacher,) * 3, (student,) * 3
+    one = np.float32(1.5), np.int64(2), np.float64(0.5), np.True_
+    weight, heads, temperature, causal = one
+    options = {"relations": {"qk": weight}, "relation_heads": heads, "temperature": temperature, "causal": causal}
+    plain = {"relations": {"qk": 1.5}, "relation_heads": 2, "temperature": 0.5, "causal": True}
+    for implementation in ("reference", "chunked"):
+        loss = fused_minilm_loss(*sides, **options, implementation=implementation)
+        assert torch.equal(loss, fused_minilm_loss(*sides, **plain, implementation=implementation))

@@ -39,13 +39,14 @@ def allowed_matrix(pattern: Pattern, batch: int, length: int, device: torch.devi
         token = pattern.attention_mask != 0
         allowed = token.unsqueeze(2) & token.unsqueeze(1)
     if pattern.cu_seqlens is not None:
-        sequence = (position.unsqueeze(1) >= pattern.cu_seqlens[1:]).sum(1)
-        token = position < pattern.cu_seqlens[-1]
+        edges = pattern.cu_seqlens.to(torch.int64)
+        sequence = (position.unsqueeze(1) >= edges[1:]).sum(1)
+        token = position < edges[-1]
         allowed = allowed & token & (sequence.unsqueeze(1) == sequence.unsqueeze(0))
     if pattern.causal:
         seen = position.unsqueeze(0) <= position.unsqueeze(1)
         if pattern.prefix_lengths is not None:
-            seen = seen | (position < pattern.prefix_lengths.view(-1, 1, 1))
+            seen = seen | (position < pattern.prefix_lengths.to(torch.int64).view(-1, 1, 1))
         allowed = allowed & seen
     return allowed
 
@@ -93,7 +94,7 @@ def allowed_keys(
         last_seen = position + 1
         row_first = torch.maximum(first, position)
         if pattern.prefix_lengths is not None:
-            prefix = pattern.prefix_lengths.view(-1, 1)
+            prefix = pattern.prefix_lengths.to(torch.int64).view(-1, 1)
             last_seen = torch.maximum(last_seen, prefix)
             row_first = torch.where(position < prefix, first, row_first)
         key_end = torch.minimum(end, last_seen)
