@@ -8,6 +8,7 @@ import torch
 import torch.utils.checkpoint
 from loss_cases import Case, build
 from torch import Tensor
+from torch.autograd import forward_ad, functional
 
 from minilm_kernels import fused_minilm_loss, relation_kl
 
@@ -233,49 +234,63 @@ def test_a_teacher_under_inference_mode(fused: str, device: str) -> None:
         assert torch.equal(g, g_expected)
 
 
-# torch scripts its own decompositions at the first forward-mode call
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+TANGENT = torch.tensor([[[[1.0, -1.0], [0.5, 2.0], [0.0, 1.0]]]])
+Function = Callable[[Tensor], Tensor]
 
 
-def forward_mode(name: str) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
-    """The derivative along (1, 1, ...), by one of PyTorch's ways to it."""
-    ways: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
-        "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
-        "jacfwd": lambda f, x: torch.func.jacfwd(f)(x).sum(),
-        "linearize": lambda f, x: torch.func.linearize(f, x)[1](torch.ones_like(x)),
-        "jacobian": lambda f, x: torch.autograd.functional.jacobian(
-            f, x, strategy="forward-mode", vectorize=True
-        ).sum(),
-    }
-    return ways[name]
+def through_dual_tensors(f: Function, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, TANGENT))).tangent
 
 
-@FORWARD_MODE
-@pytest.mark.parametrize("way", ["jvp", "jacfwd", "linearize", "jacobian"])
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_raises(way: str, requires_grad: bool, fused: str, device: str) -> None:
-    x = torch.randn(1, 1, 4, 3, device=device, requires_grad=requires_grad)
-    teacher = torch.randn(1, 1, 4, 3, device=device)
-    with pytest.raises(RuntimeError, match=f"implementation='{fused}' has no forward-mode derivatives"):
-        forward_mode(way)(lambda s: relation_kl(teacher, teacher, s, s, implementation=fused), x)
+def without_grad(f: Function, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return through_dual_tensors(f, x)
 
 
-@FORWARD_MODE
-def test_reference_has_forward_mode(device: str) -> None:
-    x, teacher = (torch.randn(1, 1, 4, 3, device=device, dtype=torch.float64) for _ in range(2))
-
-    def loss(s: Tensor) -> Tensor:
-        return relation_kl(teacher, teacher, s, s, implementation="reference")
-
-    (gradient,) = torch.autograd.grad(loss(x.requires_grad_()), x)
-    for way in ("jvp", "jacfwd"):
-        torch.testing.assert_close(forward_mode(way)(loss, x.detach()), gradient.sum())
+def batched(f: Function, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x), x, torch.ones(3), is_grads_batched=True)[0]
 
 
-@FORWARD_MODE
-def test_a_dual_teacher_is_a_constant(fused: str, device: str) -> None:
-    student = torch.randn(1, 1, 4, 3, device=device)
-    _, tangent = torch.func.jvp(
-        lambda t: relation_kl(t, t, student, student, implementation=fused), (student + 1,), (student,)
-    )
-    assert tangent == 0
+TRANSFORMS: dict[str, Callable[[Function, Tensor], Any]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (TANGENT,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "vmap": lambda f, x: torch.vmap(f)(x[None]),
+    "functional.jvp": lambda f, x: functional.jvp(f, x, TANGENT),
+    "functional.hvp": lambda f, x: functional.hvp(f, x, TANGENT),
+    "functional.jacobian, forward": lambda f, x: functional.jacobian(f, x, vectorize=True, strategy="forward-mode"),
+    "functional.jacobian, vectorized": lambda f, x: functional.jacobian(f, x, vectorize=True),
+    "dual tensors": through_dual_tensors,
+    "dual tensors that require grad": lambda f, x: through_dual_tensors(f, x.clone().requires_grad_()),
+    "dual tensors without grad": without_grad,
+    "batched gradients": batched,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode's own use
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_transforms_are_refused_or_right(transform: str, masked: bool, implementation: str) -> None:
+    """Never silently 0: only the reference has rules for them, and masks are no hindrance there."""
+    generator = torch.Generator().manual_seed(0)
+    x_t, x_s = (torch.randn(1, 1, 3, 2, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 0]]) if masked else None
+
+    def f(x: Tensor) -> Tensor:
+        return relation_kl(x_t, x_t, x, x_s, attention_mask=mask, implementation=implementation)
+
+    if implementation == "reference":
+        TRANSFORMS[transform](f, x_s)
+    else:
+        with pytest.raises(RuntimeError, match=r"^implementation='\w+' .* implementation='reference'$"):
+            TRANSFORMS[transform](f, x_s)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode's own use
+def test_a_tangent_of_the_teacher_is_that_of_a_constant(implementation: str) -> None:
+    x_s = TANGENT.flip(2)
+    assert through_dual_tensors(lambda x: relation_kl(x, x, x_s, x_s, implementation=implementation), x_s) is None

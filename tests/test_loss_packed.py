@@ -141,3 +141,22 @@ def test_the_chunked_path_computes_what_may_be_seen(pattern: Pattern, batch: int
         computed[block] += 1
     assert (computed.movedim(1, -1)[allowed] == 1).all()
     assert computed.sum() <= limit * 6 * allowed.sum()
+
+
+SMALL_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("dtype", SMALL_INTEGERS, ids=str)
+def test_small_integers_beside_a_length_that_they_cannot_hold(dtype: torch.dtype, device: str) -> None:
+    inputs = build(Case(id="long", n=300, teacher=(1, 1, 4), student=(1, 1, 4)), device)
+    for options in (
+        {"prefix_lengths": torch.tensor([58]), "causal": True},
+        {"cu_seqlens": torch.tensor([0, 50, 120])},
+        {"attention_mask": (torch.arange(300) < 200)[None]},
+    ):
+        for implementation in ("reference", "chunked"):
+            losses = []
+            for kind in (torch.int64, dtype):
+                moved = {k: x.to(device, kind) if isinstance(x, Tensor) else x for k, x in options.items()}
+                losses.append(evaluate(Inputs(*inputs[:2], moved), implementation).loss)
+            assert torch.equal(*losses)

@@ -36,10 +36,10 @@ def allowed_matrix(pattern: Pattern, batch: int, length: int, device: torch.devi
     position = torch.arange(length, device=device)
     allowed = torch.ones((batch, length, length), dtype=torch.bool, device=device)
     if pattern.attention_mask is not None:
-        token = pattern.attention_mask.bool()
+        token = pattern.attention_mask != 0
         allowed = token.unsqueeze(2) & token.unsqueeze(1)
     if pattern.cu_seqlens is not None:
-        edges = pattern.cu_seqlens.to(torch.int64)  # N may exceed its own type
+        edges = pattern.cu_seqlens.to(torch.int64)
         sequence = (position.unsqueeze(1) >= edges[1:]).sum(1)
         token = position < edges[-1]
         allowed = allowed & token & (sequence.unsqueeze(1) == sequence.unsqueeze(0))
@@ -66,7 +66,7 @@ def allowed_keys(
     first, end = torch.zeros((1, 1), dtype=torch.int64, device=device), torch.full((1, 1), length, device=device)
     token, holes = None, None
     if pattern.attention_mask is not None:
-        token = pattern.attention_mask.bool()
+        token = pattern.attention_mask != 0
         tokens = token.sum(1, keepdim=True)
         first = torch.where(token, position, length).amin(1, keepdim=True)
         end = torch.where(token, position + 1, 0).amax(1, keepdim=True)

@@ -23,10 +23,15 @@ def relation_losses(
 
     Without sums, of one group only, the rows (relations, B, R, N), twice.
     """
-    if forward_ad._current_level >= 0 and any([forward_ad.unpack_dual(x).tangent is not None for x in student]):
-        raise RuntimeError(
-            f"implementation={implementation!r} has no forward-mode derivatives; they need implementation='reference'"
-        )
+    if torch._C._are_functorch_transforms_active():
+        raise _no_transforms(implementation)
+    if forward_ad._current_level >= 0:  # the teacher is constant; of the student a tangent would be lost
+        teacher = [x.detach() for x in teacher]
+        if any([forward_ad.unpack_dual(x).tangent is not None for x in student]):
+            raise RuntimeError(
+                f"implementation={implementation!r} has no forward-mode derivatives; "
+                "they need implementation='reference'"
+            )
     if torch.is_grad_enabled() and any([x.requires_grad for x in student]):
         if torch.compiler.is_compiling():  # dynamo takes no tensor twice, as in QK beside KK
             teacher, student = [x.detach() for x in teacher], [x.view_as(x) for x in student]
@@ -35,6 +40,13 @@ def relation_losses(
     with torch.no_grad():  # the teacher may require gradients, and gets none
         relations = relation_groups(groups, teacher, student, masks)
         return weighted_total(groups, [_ops.FORWARD[implementation](*group, False)[0] for group in relations])
+
+
+def _no_transforms(implementation: str) -> RuntimeError:
+    return RuntimeError(
+        f"implementation={implementation!r} works under no transform of torch.func (grad, vmap, jvp, jacfwd, ...) "
+        "nor with batched gradients; they need implementation='reference'"
+    )
 
 
 class _RelationLosses(torch.autograd.Function):
@@ -65,6 +77,8 @@ class _RelationLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad):
+            raise _no_transforms(ctx.options[2])
         if not torch.is_grad_enabled():
             return None, None, None, None, *_gradients(ctx, grad)
         with torch.no_grad():  # create_graph=True
@@ -75,7 +89,7 @@ class _RelationLosses(torch.autograd.Function):
             None,
             None,
             *[
-                _NoSecondDerivative.apply(g, x, ctx.options[2])  # type: ignore[no-untyped-call]
+                _NoSecondDerivative.apply(g, x, grad, ctx.options[2])  # type: ignore[no-untyped-call]
                 for g, x in zip(gradients, ctx.saved_tensors, strict=False)
             ],
         )
@@ -108,7 +122,7 @@ class _NoSecondDerivative(torch.autograd.Function):
     """The identity; differentiating it raises. (`once_differentiable` stays silent if grad_output needs no grad.)"""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, depends_on: Tensor, implementation: str) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, student: Tensor, grad: Tensor, implementation: str) -> Tensor:
         ctx.implementation = implementation
         return gradient.view_as(gradient)
 

@@ -1,9 +1,8 @@
 """Users' mistakes, each answered by one sentence with both offending values, before any kernel starts."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any
+import numbers
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +10,16 @@ from torch import Tensor
 from minilm_kernels._allowed import Pattern
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64
+)  # fmt: skip
 REDUCTIONS = ("sequence", "token", "sum")
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
 RELATIONS = tuple(x + y for x in "qkv" for y in "qkv")
 Layout = tuple[Sequence[int], tuple[int, ...], torch.dtype, torch.device]  # shape, stride, dtype, device of a tensor
 MAX_TRITON_DIM = 256
-MAX_WEIGHT = 1e30  # far beyond use, and the loss stays within float32
-TEMPERATURES = (1e-30, 1e30)  # beyond, the scale of the scores, 1/(√d·T), leaves float32
+_TRACING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def check_triple(whose: str, triple: object) -> None:
@@ -33,18 +35,14 @@ def check_tensors(relation: str, sides: Sequence[object]) -> None:
             raise ValueError(f"relation {relation!r} needs the {name}, got None")
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        _check_dense(name, x)
+        check_dense(name, x)
 
 
-def is_plain(x: object) -> bool:
-    """Whether x is a dense tensor of no subclass, as almost always: quicker to tell than what else it may be."""
-    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
-
-
-def _check_dense(name: str, x: Tensor) -> None:
-    if x.layout is not torch.strided or x.is_nested:
-        found = "a nested one" if x.is_nested else f"one of layout {x.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {found}")
+def check_dense(name: str, x: Tensor) -> None:
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one; pad it, and give attention_mask")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {x.layout}")
 
 
 def side_names(relation: str) -> list[str]:
@@ -103,27 +101,22 @@ def check_pattern(pattern: Pattern, batch: int, length: int, device: torch.devic
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        _check_dense(name, x)
+        check_dense(name, x)
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}, the query, key and value tensors are on {device}")
-        if x.is_complex():
-            raise TypeError(f"{name} must be a tensor of real numbers, got {x.dtype}")
-        if name != "attention_mask" and (x.is_floating_point() or x.dtype == torch.bool):
+        if name != "attention_mask" and x.dtype not in INTEGERS:
             raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
-    if mask is not None and mask.shape != (batch, length):
-        raise ValueError(f"attention_mask must have shape (B, N) = ({batch}, {length}), got {tuple(mask.shape)}")
-    if mask is not None and mask.is_floating_point() and _readable(mask):
-        other = mask[(mask != 0) & (mask != 1)]
-        if other.numel():
-            raise ValueError(
-                f"attention_mask must hold 1 at tokens and 0 at padding, got {other[0].item()}: is it one to add?"
-            )
+    if mask is not None:
+        if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
+            raise TypeError(f"attention_mask must be a bool, integer or float tensor, got {mask.dtype}")
+        if mask.shape != (batch, length):
+            raise ValueError(f"attention_mask must have shape (B, N) = ({batch}, {length}), got {tuple(mask.shape)}")
+        if mask.dtype != torch.bool and _readable(mask):
+            _check_mask_values(mask)
     if prefix is not None:
         if prefix.shape != (batch,):
             raise ValueError(f"prefix_lengths must have shape (B,) = ({batch},), got {tuple(prefix.shape)}")
-        if _readable(prefix) and not all(
-            0 <= end <= length for end in prefix.tolist()
-        ):  # Python's: N may exceed the type
+        if _readable(prefix) and not all([0 <= end <= length for end in prefix.tolist()]):
             raise ValueError(f"prefix_lengths must lie in 0..{length}, got {prefix.tolist()}")
     if cu_seqlens is not None:
         if batch != 1:
@@ -136,69 +129,107 @@ def check_pattern(pattern: Pattern, batch: int, length: int, device: torch.devic
                 raise ValueError(f"cu_seqlens must rise from 0 to at most N = {length}, got {edges}")
 
 
-def check_temperature(temperature: float) -> None:
-    if not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a number, got a {type(temperature).__name__}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    least, most = TEMPERATURES
-    if not least <= temperature <= most:
-        raise ValueError(f"temperature must lie in {least:g}..{most:g}, got {_short(temperature)}")
-
-
-def check_causal(causal: bool) -> None:
-    if not isinstance(causal, bool):
-        found = repr(causal) if isinstance(causal, (int, str)) else type(causal).__name__
-        raise TypeError(f"causal must be True or False, got {found}")
-
-
-def _short(number: Any) -> str:
-    """As it is, but for whole numbers of hundreds of digits."""
-    return (
-        f"{number}"
-        if not isinstance(number, int) or abs(number) < 10**20
-        else f"a number of {len(str(abs(number)))} digits"
-    )
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_relation_heads(relation_heads: int | None) -> None:
-    if relation_heads is None:
+def _check_mask_values(mask: Tensor) -> None:
+    """Refuses an additive mask (0 keeps, a large negative number drops), which would be read the wrong way round."""
+    if mask.dtype in FLOATS:
+        wrong = (mask != 0) & (mask != 1)
+    elif mask.dtype.is_signed:
+        wrong = mask < 0
+    else:
         return
-    if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
+    if bool(wrong.any()):
+        kind, wanted = ("float", "0 and 1") if mask.dtype in FLOATS else ("integer", "0 and positive numbers")
+        raise ValueError(
+            f"attention_mask of a {kind} type must hold {wanted}, got {mask[wrong][0].item()}; "
+            "an additive mask is not taken: give `mask == 0`"
+        )
+
+
+def check_causal(causal: object) -> None:
+    if causal is False or causal is True:
+        return
+    if isinstance(causal, Tensor) or not isinstance(causal, Hashable) or causal not in (False, True):
+        raise TypeError(f"causal must be True or False, got {_shown(causal)}")
+
+
+def as_temperature(temperature: object) -> float:
+    """As a float whose inverse float32 holds."""
+    number = _as_float("temperature", temperature)
+    if not number > 0:
+        raise ValueError(f"temperature must be positive, got {number}")
+    if not _FLOAT32.tiny <= number <= _FLOAT32.max:
+        raise ValueError(
+            f"temperature must lie within {_FLOAT32.tiny:.3g} and {_FLOAT32.max:.3g}, as float32 holds it, got {number}"
+        )
+    return number
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {_shown(value)}")
+
+
+def as_relation_heads(relation_heads: object) -> int | None:
+    if relation_heads is None:
+        return None
+    if isinstance(relation_heads, bool) or not isinstance(relation_heads, (int, numbers.Integral)):
         raise TypeError(f"relation_heads must be an int or None, got {type(relation_heads).__name__}")
     if relation_heads < 1:
         raise ValueError(f"relation_heads must be at least 1, got {relation_heads}")
+    return relation_heads if isinstance(relation_heads, int) else int(relation_heads)
 
 
 def relation_weights(relations: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     """Weight of each relation by name, those of weight 0 left out; an unknown, repeated or negative one raises."""
-    if isinstance(relations, str):
-        raise TypeError(f"relations must be a sequence of names or a dict of weights, got the string {relations!r}")
+    if isinstance(relations, (str, Tensor)) or not isinstance(relations, Iterable):
+        got = f"the string {relations!r}" if isinstance(relations, str) else _shown(relations)
+        raise TypeError(f"relations must be a sequence of names or a dict of weights, got {got}")
     names = list(relations)
     if not names:
         raise ValueError("relations is empty; MiniLM uses ('qk', 'vv'), MiniLMv2 ('qq', 'kk', 'vv')")
     for name in names:
         if not (isinstance(name, str) and name in RELATIONS):
-            raise ValueError(f"unknown relation {name!r}; a relation is two of the letters q, k, v")
+            raise ValueError(f"unknown relation {_shown(name)}; a relation is two of the letters q, k, v")
         if names.count(name) > 1:
             raise ValueError(f"relation {name!r} is named {names.count(name)} times; give it a weight instead")
-    weights = dict(relations) if isinstance(relations, Mapping) else dict.fromkeys(names, 1.0)
+    if not isinstance(relations, Mapping):
+        return dict.fromkeys(names, 1.0)
+    weights = {name: _as_float(f"the weight of relation {name!r}", relations[name]) for name in names}
     for name, weight in weights.items():
-        if not isinstance(weight, Real):
-            raise TypeError(f"the weight of relation {name!r} must be a number, got a {type(weight).__name__}")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"the weight of relation {name!r} must be finite and not negative, got {weight}")
-        if weight > MAX_WEIGHT:
-            raise ValueError(f"the weight of relation {name!r} must be at most {MAX_WEIGHT:g}, got {_short(weight)}")
-    weights = {name: float(weight) for name, weight in weights.items()}
+        if not 0 <= weight <= _FLOAT32.max:
+            raise ValueError(
+                f"the weight of relation {name!r} must be finite (in float32) and not negative, got {weight}"
+            )
     if not any(weights.values()):
         raise ValueError(f"every relation has weight 0: {weights}; nothing would be learnt")
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def _as_float(name: str, value: object) -> float:
+    """Of Python's and numpy's numbers; not of a tensor, which would be taken for a constant though it may be learnt."""
+    if not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    try:
+        return value if isinstance(value, float) else float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that float32 holds, got one beyond {_FLOAT32.max:.3g}") from None
+
+
+def _kind(value: object) -> str:
+    """ "the string 'a'", else the name of the type; of a Parameter what to do instead."""
+    if isinstance(value, str):
+        return f"the string {_shown(value)}"
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__} (it would get no gradient: multiply the loss by it)"
+    return type(value).__name__
+
+
+def _shown(value: object) -> str:
+    """In one line: what the user wrote, or its type where that would be long."""
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def choose_implementation(implementation: str | None, device: str, dim: int, double: bool) -> str:
@@ -226,5 +257,11 @@ def _triton_interprets() -> bool:
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether a value can be read without a device synchronisation or a graph break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a value can be read: without a device synchronisation, a graph break, or being fake or batched."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and not any([torch._C._get_dispatch_mode(mode) for mode in _TRACING])
+    )

@@ -171,17 +171,19 @@ def _losses(
 
     Under reduction "none" there is one relation, and its rows (1, B, R, N) stand for the weighted sum.
     """
-    checks.check_temperature(temperature)
+    temperature = checks.as_temperature(temperature)
+    relation_heads = checks.as_relation_heads(relation_heads)
     checks.check_causal(pattern.causal)
-    checks.check_relation_heads(relation_heads)
     if implementation is not None:
         checks.check_choice("implementation", implementation, checks.IMPLEMENTATIONS)
     known, relations = not torch.compiler.is_compiling(), []
     for name, tensors in zip(weights, sides, strict=True):
         for x in tensors:
-            if not checks.is_plain(x):
+            if type(x) is not Tensor:
                 checks.check_tensors(name, tensors)
                 known = False  # of fake tensors the shapes may be symbols, which have no hash
+            elif x.layout is not torch.strided or x.is_nested:
+                checks.check_tensors(name, tensors)
         x_t, y_t, x_s, y_s = tensors
         is_self = y_t is x_t and y_s is x_s
         of_x_t, of_x_s = layout(x_t), layout(x_s)
