@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
 from minilm._capture import QKV, capture
@@ -145,7 +146,8 @@ def soft_label_kl(
 
     Memory is linear in M and in V. Sums and softmax are float32; on CUDA the products take half-precision inputs, or
     under autocast its dtype, with float32 results. The student's tensors get gradients in their own dtype, the
-    teacher's none. Backward may run twice; second derivatives raise `RuntimeError`.
+    teacher's none. Backward may run twice; second derivatives raise `RuntimeError`,
+    forward-mode ones `NotImplementedError`.
 
     Raises:
         ValueError: numbers of rows, vocabularies or widths that do not match; a temperature that is not positive.
@@ -162,7 +164,8 @@ def soft_label_kl(
     if len(student_weight) != len(teacher_weight):
         raise ValueError(f"the teacher's vocabulary is {len(teacher_weight)}, the student's {len(student_weight)}")
     student: tuple[Tensor | None, ...] = student_hidden, student_weight, student_bias
-    if not torch.is_grad_enabled():  # of which a Function's forward is not told
+    # A Function's forward is not told of no_grad. A forward-mode tangent, which it refuses, must not be dropped here.
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         student = _detached(*student)
     teacher = _detached(teacher_hidden, teacher_weight, teacher_bias)
     result: Tensor = _SoftLabelKL.apply(*student, *teacher, temperature)  # type: ignore[no-untyped-call]

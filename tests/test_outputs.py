@@ -449,3 +449,13 @@ def test_inside_fsdp() -> None:
     wrapper(teacher, **inputs).backward()
     gradients = {n: p.grad.full_tensor() for n, p in wrapper.named_parameters() if p.grad is not None}
     assert_same_gradients(gradients, eager_gradients("bert", "ForMaskedLM"), 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode's own use
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_mode_derivative_is_refused_and_not_0(grad: bool) -> None:
+    hidden, weight = torch.ones(2, 3), torch.eye(4, 3)
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        student = torch.autograd.forward_ad.make_dual(hidden, hidden)
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            soft_label_kl(student, weight, None, hidden, weight, None)
