@@ -90,10 +90,9 @@ class Agreement:
         chosen = short[:: max(1, len(short) // EXAMPLES)][:EXAMPLES]
 
         def line(index: int) -> str:
-            text = tokenizer.decode(
-                self.rows[index]["input_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=True
-            )
-            text = " ".join(text.split())
+            ids = self.rows[index]["input_ids"]
+            decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+            text = " ".join(str(decoded).split())
             return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
         return [{"text": line(i), "teacher": line(nearest_t[i]), "student": line(nearest_s[i])} for i in chosen]

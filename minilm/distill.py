@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -178,7 +178,7 @@ def train(run: Run) -> str | None:
 def _train(run: Run) -> str | None:
     trainer, args = run.trainer, run.trainer.args
     agreement = _agreement(trainer, run.metrics["pooling"]) if args.should_save else None
-    untrained = agreement.similarities(trainer.student.base_model) if agreement else None
+    untrained = agreement.similarities(base_of(trainer.student)) if agreement else None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if trainer.stopped_by is not None:
@@ -236,7 +236,7 @@ def _report(run: Run, agreement: Agreement | None, untrained: Any, batches: list
             "neighbours": agreement.neighbours,
             "start": agreement.measure(untrained),
             "end": agreement.measure(trained),
-            "examples": agreement.examples(trained, trainer.processing_class),
+            "examples": agreement.examples(trained, cast(PreTrainedTokenizerBase, trainer.processing_class)),
         }
     return publish_report(output, metrics, trainer.state.log_history)
 
@@ -320,19 +320,26 @@ def _probe(
 
 def _agreement(trainer: DistillationTrainer, pooling: Sequence[str]) -> Agreement | None:
     """Of a text model with texts enough."""
-    heldout, args = trainer.eval_dataset, trainer.args
+    heldout: Any = trainer.eval_dataset
+    collate: Any = trainer.data_collator
     if not isinstance(trainer.processing_class, PreTrainedTokenizerBase) or len(heldout) < FEWEST_TEXTS:
         return None
-    collate, size = trainer.data_collator, args.per_device_eval_batch_size
-    return Agreement(trainer.teacher.base_model, heldout, collate, size, pooling)
+    return Agreement(base_of(trainer.teacher), heldout, collate, trainer.args.per_device_eval_batch_size, pooling)
 
 
 def _serves(teacher: str, trainer: DistillationTrainer) -> bool:
     """Whether a student that relations alone have trained is of use before it is fine-tuned."""
-    taught = Path(teacher) / METRICS  # a student of ours, an assistant for one
-    own = not taught.is_file() or bool(json.loads(taught.read_text(encoding="utf-8")).get("serves", True))
     of_last = trainer.teacher_layer == num_layers(trainer.teacher)
-    return own and of_last and ends_as_teacher(trainer.teacher.base_model, trainer.student.base_model)
+    return of_last and _serves_itself(teacher) and ends_as_teacher(base_of(trainer.teacher), base_of(trainer.student))
+
+
+def _serves_itself(teacher: str) -> bool:
+    """False for a student of ours, an assistant for one, that says that it does not."""
+    try:
+        metrics = json.loads((Path(teacher) / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none there, or another program's
+        return True
+    return not isinstance(metrics, dict) or metrics.get("serves") is not False
 
 
 def _same_width(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:

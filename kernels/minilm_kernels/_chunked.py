@@ -2,13 +2,10 @@
 
 For a block of rows: t = scale_T x_T Y_Tᵀ, P = softmax(t), likewise s and Q for the student, and
 
-    row loss  Σ_j P_ij (log P_ij − log Q_ij) = Σ_j P_ij (t_ij − s_ij) − (log Σ_j exp t_ij − log Σ_j exp s_ij)
+    row loss  Σ_j P_ij (log P_ij − log Q_ij)          (both by log-softmax: the difference of two lse would cancel)
     G = Q − P,   dX = scale_S G Y_S,   dY += scale_S Gᵀ X_S         (row weights multiply G)
-Each row of t and of s is first lowered by its maximum, as softmax does: then what is common to a row's scores cancels
-exactly, however large it is, and 1 / Σ exp is the largest probability.
-
-Where the row weight is equal along a sequence it may be applied at the end, to the rows of dX and dY: then the
-gradients of unit weight are computed here in the forward, and the backward only scales them.
+Where the row weight is equal along a sequence it may be applied at the end, to the rows of dX and dY: then
+the gradients of unit weight are computed here in the forward, and the backward only scales them.
 
 B batch, R relation heads, N tokens, d dimension of a relation head, W width of the window of keys that a block may see.
 """
@@ -97,14 +94,18 @@ def _sweep(
             teacher = _tokens(x_t[at_rows], is_row, wide), _tokens(y_t[at_keys], is_key, wide)
             scores_t = _scores(*teacher, relations.scale_t, denied, scratch)
             scores_s = _scores(x, y, relations.scale_s, denied, scratch)
-            p, q = (torch.softmax(scores, dim=-1, out=scratch.like(scores)) for scores in (scores_t, scores_s))
             if with_rows:
-                difference = _lowered(scores_t).sub_(_lowered(scores_s))
+                log_p, log_q = (
+                    torch.log_softmax(scores, dim=-1, out=scratch.like(scores)) for scores in (scores_t, scores_s)
+                )
+                p, q = torch.exp(log_p, out=scores_t), torch.exp(log_q, out=scores_s)
+                difference = log_p.sub_(log_q)
                 if denied is not None:
                     difference.masked_fill_(denied, 0)
-                log_sums = _largest(q).log_().sub_(_largest(p).log_())
-                loss = difference.mul_(p).sum(3, keepdim=True).sub_(log_sums)
+                loss = difference.mul_(p).sum(3, keepdim=True)
                 rows[at_rows] = _only(loss, is_row).squeeze(3)
+            else:
+                p, q = (torch.softmax(scores, dim=-1, out=scratch.like(scores)) for scores in (scores_t, scores_s))
             if with_gradients:
                 g = q.sub_(p)
                 if weight is not None:
@@ -158,8 +159,8 @@ def _blocks(bounds: Tensor | None, x: Tensor) -> Iterator[tuple[slice, slice, sl
             row = slice(n, min(n + rows, stop) if not readable else _end_of_rows(bounds, batch, n, min(n + rows, stop)))
             key = slice(0, length) if not readable else slice(*_extent(bounds, batch, row, 0))
             n = row.stop
-            if key.start == key.stop:
-                continue  # a hole in the mask as long as the block
+            if key.stop == 0:  # a hole in the mask covers the block
+                continue
             scores = batch_step * (row.stop - row.start) * (key.stop - key.start)
             head_step = -(-heads // -(-heads * scores // BLOCK_ELEMENTS))  # equal shares
             for h in range(0, heads, head_step):
@@ -219,16 +220,6 @@ def _scores(x: Tensor, y: Tensor, scale: float, denied: Tensor | None, scratch: 
     product = scores.flatten(0, 1)
     torch.baddbmm(product, x.flatten(0, 1), y.flatten(0, 1).mT, beta=0, alpha=scale, out=product)
     return scores if denied is None else scores.masked_fill_(denied, -torch.inf)
-
-
-def _lowered(scores: Tensor) -> Tensor:
-    """Each row less its largest score, in place."""
-    return scores.sub_(_largest(scores))
-
-
-def _largest(x: Tensor) -> Tensor:
-    """Of each row, (..., 1)."""
-    return x.amax(-1, keepdim=True)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

@@ -26,8 +26,8 @@ def reference_rows(
 ) -> Tensor:
     """Row losses (B, R, N) in nats, 0 for rows that are no token; differentiable any number of times in the student.
 
-    bf16 and fp16 products stay in their type, as eager code has it, so that fp16 scores beyond 65504 are infinite and
-    their rows NaN; softmax and KL are taken in float32 or wider.
+    bf16 and fp16 products stay in their type, as eager code has it: fp16 scores beyond 65504, where the kernels are
+    right, give NaN here (convert the tensors to float32). Softmax and KL are taken in float32 or wider.
 
     >>> x = torch.tensor([[[[1.0], [3.0]]]], dtype=torch.float64)
     >>> reference_rows(x, x, x, x, Pattern(), 1.0, 1.0)
