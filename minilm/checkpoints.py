@@ -139,8 +139,8 @@ class CheckpointingTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         raise DataError(
-            f"{fault}; a checkpoint of step {step} was saved, from which --resume_from_checkpoint auto continues on the "
-            "same data"
+            f"{fault}; a checkpoint of step {step} was saved, from which --resume_from_checkpoint auto continues on "
+            "the same data"
         ) from fault
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
