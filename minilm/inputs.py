@@ -47,7 +47,6 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
     Raises:
         ValueError: nothing there, no such column, flags that do not go together.
     """
-    _check_flags(arguments)
     if not isinstance(processor, PreTrainedTokenizerBase):
         (train, heldout), copies, max_length = _images(arguments.data, processor), 0, None
         collator: Collator = stack_images
@@ -74,18 +73,6 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
     if files := _files(arguments, images):
         description["files"] = files
     return Inputs(train, heldout, collator, description, _fingerprint(arguments, images))
-
-
-def _check_flags(arguments: Arguments) -> None:
-    """What would be told late, or by a loader's process."""
-    least = {
-        "--shuffle_buffer": (arguments.data.shuffle_buffer, 1),
-        "--dataloader_num_workers": (arguments.training.dataloader_num_workers, 0),
-        "--dataloader_prefetch_factor": (arguments.training.dataloader_prefetch_factor, 1),
-    }
-    for flag, (value, lowest) in least.items():
-        if value is not None and value < lowest:
-            raise ValueError(f"{flag} must be at least {lowest}, not {value}")
 
 
 def _files(arguments: Arguments, images: bool) -> dict[str, str]:

@@ -19,7 +19,9 @@ RUN = [
     *("--student_num_layers", "2", "--max_length", "12", "--per_device_train_batch_size", "4", "--use_cpu"),
     *("--disable_tqdm", "true", "--output_dir", "out", "--max_steps", "40", "--streaming", "--shuffle_buffer", "8"),
 ]
-CONTINUED = r"; a checkpoint of step (\d+) was saved, from which --resume_from_checkpoint auto continues\n"
+CONTINUED = (
+    r"; a checkpoint of step (\d+) was saved, from which --resume_from_checkpoint auto continues on the same data\n"
+)
 
 
 class At(TrainerCallback):
@@ -107,13 +109,13 @@ def test_a_worker_that_is_killed_is_told_as_such(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--shuffle_buffer", "0"], "--shuffle_buffer must be at least 1, not 0"),
-        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be at least 0, not -1"),
+        (["--shuffle_buffer", "0"], "--shuffle_buffer is 0: it must be at least 1"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is -1: it must not be negative"),
         (
             ["--dataloader_num_workers", "1", "--dataloader_prefetch_factor", "0"],
-            "--dataloader_prefetch_factor must be at least 1, not 0",
+            "--dataloader_prefetch_factor is 0: it must be at least 1",
         ),
-        (["--data", ""], "the name of the data is empty: --data takes files, folders or names on the hub"),
+        (["--data", ""], "--data is empty: give it a value, or leave it out"),
     ],
 )
 def test_wrong_values_are_one_line_before_work(
