@@ -33,6 +33,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
+from minilm.finite import NonFiniteError
 from minilm.folders import ASIDE, STUDENT, close_aside, is_own, make_way, open_aside, publish
 from minilm.manifests import RUN, sync, write_manifest
 from minilm.reading import DataError
@@ -99,22 +100,25 @@ class CheckpointingTrainer(Trainer):
         with _Signals() as self._signals, self._without_the_trainers_removal():
             try:
                 result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            except DataError:
-                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-                self.is_in_train = False
+            except (DataError, NonFiniteError):
+                self._end_early()
                 raise
             except _Stop as stop:
                 # Not by control.should_training_stop: the Trainer's end loads the best model and, where one
                 # checkpoint is kept, removes the others, and at the end of an epoch it evaluates and saves once more.
                 self.stopped_by = stop.by
-                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-                self.is_in_train = False
+                self._end_early()
                 result = TrainOutput(self.state.global_step, float("nan"), {})
         if self.stopped_by is None and self.args.should_save:
             self._keep_the_best_alone(Path(output))
         if self.stopped_by is None and self._signals.noted:
             signal.raise_signal(self._signals.noted)  # it came after the last step: whoever comes next shall know
         return result
+
+    def _end_early(self) -> None:
+        """What the Trainer does at its own end, closing of the bars among it."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **options: Any

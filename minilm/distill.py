@@ -38,7 +38,7 @@ from minilm.streams import TextStream
 from minilm.students import build_student, count_parameters, ends_as_teacher
 from minilm.teachers import auto_class, quiet, read_teacher
 from minilm.trainer import DistillationTrainer, check_arguments
-from minilm.trial import no_folder_left, try_out
+from minilm.trial import try_out
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
 CHECKPOINTED = ("config.json",)  # beside what every checkpoint has
@@ -118,23 +118,22 @@ def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
     if isinstance(inputs.train, TextStream):
         training.ignore_data_skip = True  # the stream goes on by itself from where it was
         _do_not_group(training)
-    with no_folder_left(output):
-        with tried("cannot build the trainer", keep_value_errors=True):
-            trainer = DistillationTrainer(
-                teacher=teacher,
-                student=student,
-                criterion=criterion,
-                args=training,
-                teacher_layer=model.teacher_layer,
-                output_weight=objective.output_weight,
-                output_temperature=objective.output_temperature,
-                greater_is_better=bool(training.greater_is_better),
-                train_dataset=inputs.train,
-                eval_dataset=inputs.heldout,
-                processing_class=saved_processor,
-                data_collator=inputs.collator,
-            )
-        try_out(trainer)
+    with tried("cannot build the trainer", keep_value_errors=True):
+        trainer = DistillationTrainer(
+            teacher=teacher,
+            student=student,
+            criterion=criterion,
+            args=training,
+            teacher_layer=model.teacher_layer,
+            output_weight=objective.output_weight,
+            output_temperature=objective.output_temperature,
+            greater_is_better=bool(training.greater_is_better),
+            train_dataset=inputs.train,
+            eval_dataset=inputs.heldout,
+            processing_class=saved_processor,
+            data_collator=inputs.collator,
+        )
+    try_out(trainer)
     metrics = {
         "objective": objective.objective,
         "relations": criterion.relations,

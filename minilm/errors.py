@@ -28,7 +28,7 @@ def tried(what: str, *, keep_value_errors: bool = False) -> Iterator[None]:
             raise
         raise TrialError(f"{what}: {reason(error)}") from error
     except torch.OutOfMemoryError as error:
-        raise TrialError(f"{what}: {_first_line(error)}; lower --per_device_train_batch_size") from error
+        raise TrialError(f"{what}: {first_line(error)}; lower --per_device_train_batch_size") from error
     except Exception as error:
         raise TrialError(f"{what}: {reason(error)}") from error
 
@@ -37,8 +37,9 @@ def reason(error: Exception) -> str:
     """Why, in one line: the text of an error that was written for users, else its type and its text's first line."""
     if isinstance(error, ValueError | OSError | ImportError) and str(error):
         return " ".join(str(error).split())
-    return f"{type(error).__name__}: {_first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its text."""
     return str(error).strip().partition("\n")[0]

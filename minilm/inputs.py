@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from minilm.arguments import Arguments, DataArguments
-from minilm.data import find_files, fingerprint_source, load_splits, split_heldout, tokenize, without_copies
+from minilm.data import find_files, fingerprint_source, load_splits, split_heldout, tokenize
 from minilm.demo import docstrings
 from minilm.fingerprints import fingerprint_texts
 from minilm.images import find_images, fingerprint_images, load_images, stack_images
@@ -47,12 +47,13 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
     Raises:
         ValueError: nothing there, no such column, flags that do not go together.
     """
+    own = docstrings() if arguments.demo else []
     if not isinstance(processor, PreTrainedTokenizerBase):
         (train, heldout), copies, max_length = _images(arguments.data, processor), 0, None
         collator: Collator = stack_images
     else:
         max_length = resolve_length(teacher, processor, arguments.data.max_length)
-        train, heldout, copies = _texts(arguments, processor, max_length)
+        train, heldout, copies = _texts(arguments, own, processor, max_length)
         collator = _collator(processor, max_length)
     packing = arguments.data.packing
     sequences = None if isinstance(train, TextStream) else len(train)
@@ -72,7 +73,8 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         description["copies_left_out"] = copies
     if files := _files(arguments, images):
         description["files"] = files
-    return Inputs(train, heldout, collator, description, _fingerprint(arguments, images))
+    fingerprint = fingerprint_texts(own) if arguments.demo else _fingerprint(arguments.data, images)
+    return Inputs(train, heldout, collator, description, fingerprint)
 
 
 def _files(arguments: Arguments, images: bool) -> dict[str, str]:
@@ -81,10 +83,7 @@ def _files(arguments: Arguments, images: bool) -> dict[str, str]:
     return {source: str(chosen) for source, chosen in found.items() if chosen and Path(source).is_dir()}
 
 
-def _fingerprint(arguments: Arguments, images: bool) -> str:
-    data = arguments.data
-    if arguments.demo:
-        return fingerprint_texts(docstrings())
+def _fingerprint(data: DataArguments, images: bool) -> str:
     assert data.data is not None
     of_source = fingerprint_images if images else fingerprint_source
     parts = [of_source(source, data.data_config) for source in data.data]
@@ -92,15 +91,14 @@ def _fingerprint(arguments: Arguments, images: bool) -> str:
 
 
 def _texts(
-    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, max_length: int
+    arguments: Arguments, own: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[datasets.Dataset | TextStream, datasets.Dataset, int]:
-    """(to train on, held out, copies of held-out texts that were left out)."""
+    """(to train on, held out, copies of held-out texts left out); `own` are the demonstration's texts, all distinct."""
     data = arguments.data
     if arguments.demo:
-        texts, heldout = split_heldout(datasets.Dataset.from_dict({"text": docstrings()}))
-        train = without_copies(texts, heldout)
-        train, copies = tokenize(train, tokenizer, max_length), len(texts) - len(train)
-        return train, tokenize(heldout, tokenizer, max_length), copies
+        parts = split_heldout(datasets.Dataset.from_dict({"text": own}))
+        train, heldout = (tokenize(part, tokenizer, max_length) for part in parts)
+        return train, heldout, 0
     assert data.data is not None
     where: dict[str, Any] = {
         "config": data.data_config,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minilm._capture import QKV, capture
+from minilm.errors import first_line
 
 _MOVED = 1e-5  # of a token's norm; what cannot be seen stays to the bit, but for experts whose batches differ
 
@@ -77,8 +78,8 @@ def model_tried(model: PreTrainedModel, what: str, but: tuple[type[Exception], .
     except but:
         raise
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{type(model).__name__} does not {what} ({type(error).__name__}: {first})") from error
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{type(model).__name__} does not {what} ({why})") from error
 
 
 @torch.no_grad()

@@ -41,10 +41,10 @@ def explain(name: str, error: Exception, part: str = "") -> str:
         return "no tokenizer's files are there: save the one that it was trained with in that folder"
     if isinstance(error, UnpicklingError):
         return "pytorch_model.bin runs code when it is read, which is never done: save its weights as model.safetensors"
-    return first_line(error)
+    return one_line(error)
 
 
-def first_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error of a foreign library in one line, with its type where that tells more than the words."""
     lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
@@ -104,7 +104,7 @@ def _no_json(path: Path) -> Iterator[str]:
         try:
             Tokenizer.from_file(str(path))
         except Exception as error:
-            yield f"{path.name} holds no tokenizer: {first_line(error).removeprefix('Exception ')}"
+            yield f"{path.name} holds no tokenizer: {one_line(error).removeprefix('Exception ')}"
 
 
 def _no_safetensors(path: Path, size: int) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _no_safetensors(path: Path, size: int) -> Iterator[str]:
         with safe_open(path, framework="pt"):
             return
     except (SafetensorError, OSError) as error:
-        reason = first_line(error)
+        reason = one_line(error)
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

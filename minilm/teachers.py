@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from minilm.outputs import has_vocabulary_head, logits_of_first
-from minilm.teacher_files import explain, first_line
+from minilm.teacher_files import explain, one_line
 
 USUAL_LENGTH = 512  # of the papers
 
@@ -250,7 +250,7 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
         tokenizer(["a"], truncation=True, max_length=8)
     except Exception as error:
         raise ValueError(
-            f"the {type(tokenizer).__name__} of {name!r} does not take a plain text: {first_line(error)}"
+            f"the {type(tokenizer).__name__} of {name!r} does not take a plain text: {one_line(error)}"
         ) from error
 
 

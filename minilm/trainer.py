@@ -243,10 +243,6 @@ class DistillationTrainer(CheckpointingTrainer):
         try:
             with worker_faults():  # of the evaluation's
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except NonFiniteError:
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the bars
-            self.is_in_train = False
-            raise
         finally:
             self._deaths.unwatch()
 

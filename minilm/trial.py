@@ -9,8 +9,7 @@ run is bit by bit what it would have been.
 import math
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,19 +60,6 @@ def try_out(trainer: DistillationTrainer) -> None:
                 trainer.create_optimizer()
             with tried(f"cannot build the schedule of {_flags(args, 'lr_scheduler_type', 'lr_scheduler_kwargs')}"):
                 _build_schedule(trainer)
-
-
-@contextmanager
-def no_folder_left(output: Path) -> Iterator[None]:
-    """An error within takes the folder with it, and those above, which the Trainer made for it and nothing is in."""
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # it is not there, or something is in it
-                folder.rmdir()
-        raise
 
 
 def _flags(args: Any, *names: str) -> str:
