@@ -115,8 +115,8 @@ def launch(variant: Variant, architecture: int) -> Launch:
     if variant.kernel == "self":
         bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
         return kernels.self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
-    programs = 1 if walks(architecture, length) else math.prod(kind.shape[:3])
-    return kernels.resident_launch(relations, kind, dx, dy, programs)
+    programs = 1 if walks(architecture, length, max(variant.d_t, variant.d_s)) else math.prod(kind.shape[:3])
+    return kernels.resident_launch(relations, kind, dx, dy, programs, architecture)
 
 
 class _Pointer:
@@ -138,7 +138,7 @@ def _without_storage(argument: object) -> object:
 def compile_for(target: GPUTarget, call: Launch) -> CompiledKernel:
     """The kernel as Triton would compile it at this launch."""
     backend = make_backend(target)
-    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
+    options = call.options
     bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
     arguments = {name: _without_storage(value) for name, value in call.arguments.items()}
     bound, specialization, chosen = bind(**arguments, **options)

@@ -148,29 +148,48 @@ def eager_and_exact(case: Case, device: str) -> tuple[Outcome, Outcome]:
 
 def check(case: Case, implementation: str, device: str) -> None:
     """Loss and gradients of one implementation against float64."""
-    actual = evaluate(build(case, device), implementation)
-    check_outcome(actual, *eager_and_exact(case, device))
+    inputs = build(case, device)
+    actual = evaluate(inputs, implementation)
+    check_outcome(actual, *eager_and_exact(case, device), roundings=probability_roundings(case, inputs.student))
 
 
-def check_outcome(actual: Outcome, eager: Outcome, exact: Outcome) -> None:
+def probability_roundings(case: Case, student: Triple) -> tuple[float, ...]:
+    """What two roundings of the probabilities 1 do to the gradient of each tensor, on a GPU; elsewhere 0.
+
+    Its exponential is an approximation, and a probability is a product with an inverse there. Where a row is one-hot
+    in both models, and eager code's x / x is exactly 1, their difference keeps that.
+    """
+    if not student[0].is_cuda:
+        return (0.0,) * 3
+    batch, heads, length, dim = student[0].shape
+    weight = 1.0 if case.reduction == "sum" else 1.0 / (batch * heads * length)
+    return tuple(2**-22 * weight * x.double().norm().item() / (dim**0.5 * case.temperature) for x in student)
+
+
+def check_outcome(
+    actual: Outcome, eager: Outcome, exact: Outcome, roundings: tuple[float, ...] = (0.0, 0.0, 0.0)
+) -> None:
     assert_within_eager_error(actual.loss, eager.loss, exact.loss, floor=LOSS_FLOOR)
     largest = max(g.norm().item() for g in exact.gradients if g is not None)
-    for g, g_eager, g_exact in zip(actual.gradients, eager.gradients, exact.gradients, strict=True):
+    gradients = zip(actual.gradients, eager.gradients, exact.gradients, roundings, strict=True)
+    for g, g_eager, g_exact, rounding in gradients:
         if g_exact is None:
             assert g is None
         else:
             assert g.dtype == g_eager.dtype
-            assert_within_eager_error(g, g_eager, g_exact, floor=1e-7 * largest)
+            assert_within_eager_error(g, g_eager, g_exact, floor=1e-7 * largest, rounding=rounding)
 
 
 LOSS_FLOOR = 1e-7
 
 
-def assert_within_eager_error(actual: Tensor, eager: Tensor, exact: Tensor, floor: float = 0.0) -> None:
+def assert_within_eager_error(
+    actual: Tensor, eager: Tensor, exact: Tensor, floor: float = 0.0, rounding: float = 0.0
+) -> None:
     """An implementation may err at most twice as much, against float64, as eager code in its own dtype.
 
     Errors are norms. In float32 1e-5 of the exact norm is always allowed, and `floor` on top; in bfloat16 and float16
-    one rounding of the output.
+    one rounding of the output. `rounding` is allowed in all of them.
     """
     error = (actual.double() - exact).norm().item()
     eager_error = (eager.double() - exact).norm().item()
@@ -180,4 +199,5 @@ def assert_within_eager_error(actual: Tensor, eager: Tensor, exact: Tensor, floo
         allowed = 1e-12 * exact.norm().item() + 1e-7 * floor
     else:
         allowed = 2 * eager_error + (exact.to(actual.dtype).double() - exact).norm().item()
+    allowed += rounding
     assert error <= allowed, f"error {error:.3g}, eager's {eager_error:.3g}, allowed {allowed:.3g}"

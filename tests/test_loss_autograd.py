@@ -240,7 +240,7 @@ Function = Callable[[Tensor], Tensor]
 
 def through_dual_tensors(f: Function, x: Tensor) -> Tensor:
     with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, TANGENT))).tangent
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, TANGENT.to(x.device)))).tangent
 
 
 def without_grad(f: Function, x: Tensor) -> Tensor:
@@ -250,18 +250,18 @@ def without_grad(f: Function, x: Tensor) -> Tensor:
 
 def batched(f: Function, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
-    return torch.autograd.grad(f(x), x, torch.ones(3), is_grads_batched=True)[0]
+    return torch.autograd.grad(f(x), x, torch.ones(3, device=x.device), is_grads_batched=True)[0]
 
 
 TRANSFORMS: dict[str, Callable[[Function, Tensor], Any]] = {
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (TANGENT,)),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (TANGENT.to(x.device),)),
     "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
     "grad": lambda f, x: torch.func.grad(f)(x),
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
     "hessian": lambda f, x: torch.func.hessian(f)(x),
     "vmap": lambda f, x: torch.vmap(f)(x[None]),
-    "functional.jvp": lambda f, x: functional.jvp(f, x, TANGENT),
-    "functional.hvp": lambda f, x: functional.hvp(f, x, TANGENT),
+    "functional.jvp": lambda f, x: functional.jvp(f, x, TANGENT.to(x.device)),
+    "functional.hvp": lambda f, x: functional.hvp(f, x, TANGENT.to(x.device)),
     "functional.jacobian, forward": lambda f, x: functional.jacobian(f, x, vectorize=True, strategy="forward-mode"),
     "functional.jacobian, vectorized": lambda f, x: functional.jacobian(f, x, vectorize=True),
     "dual tensors": through_dual_tensors,
@@ -274,11 +274,11 @@ TRANSFORMS: dict[str, Callable[[Function, Tensor], Any]] = {
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode's own use
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_transforms_are_refused_or_right(transform: str, masked: bool, implementation: str) -> None:
+def test_transforms_are_refused_or_right(transform: str, masked: bool, implementation: str, device: str) -> None:
     """Never silently 0: only the reference has rules for them, and masks are no hindrance there."""
     generator = torch.Generator().manual_seed(0)
-    x_t, x_s = (torch.randn(1, 1, 3, 2, generator=generator) for _ in range(2))
-    mask = torch.tensor([[1, 1, 0]]) if masked else None
+    x_t, x_s = (torch.randn(1, 1, 3, 2, generator=generator).to(device) for _ in range(2))
+    mask = torch.tensor([[1, 1, 0]], device=device) if masked else None
 
     def f(x: Tensor) -> Tensor:
         return relation_kl(x_t, x_t, x, x_s, attention_mask=mask, implementation=implementation)
@@ -291,6 +291,6 @@ def test_transforms_are_refused_or_right(transform: str, masked: bool, implement
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode's own use
-def test_a_tangent_of_the_teacher_is_that_of_a_constant(implementation: str) -> None:
-    x_s = TANGENT.flip(2)
+def test_a_tangent_of_the_teacher_is_that_of_a_constant(implementation: str, device: str) -> None:
+    x_s = TANGENT.flip(2).to(device)
     assert through_dual_tensors(lambda x: relation_kl(x, x, x_s, x_s, implementation=implementation), x_s) is None

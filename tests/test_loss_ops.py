@@ -27,6 +27,8 @@ CASES = [
     Case(id="bf16", n=37, dtypes=(BF16, BF16), reduction="token"),
     Case(id="shared sides", n=19, relations=("qk", "qv", "kk", "qq")),
 ]
+# The compiler's own use, once a process.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -143,7 +145,6 @@ def test_unchecked_values_reach_nothing_outside(values: dict[str, Any], fused: s
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own use
 def test_compiles_with_inductor(device: str) -> None:
     """Inside a function that does more than the loss; a second backward does not find what the first one left."""
     inputs = build(CASES[1], device)
@@ -214,6 +215,7 @@ def test_default_on_cuda(case: Case, chosen: str) -> None:
 
 
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_cuda_graph_and_no_synchronisation(case: Case, fused: str) -> None:
     inputs = build(case, "cuda")
@@ -227,8 +229,10 @@ def test_cuda_graph_and_no_synchronisation(case: Case, fused: str) -> None:
     with torch.cuda.stream(stream):
         expected = step()
         torch.cuda.set_sync_debug_mode("error")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -18,6 +18,7 @@ IMPLEMENTATIONS = ("triton", "chunked", "reference")
 RELATIONS = tuple(x + y for x in "qkv" for y in "qkv")
 Layout = tuple[Sequence[int], tuple[int, ...], torch.dtype, torch.device]  # shape, stride, dtype, device of a tensor
 MAX_TRITON_DIM = 256
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: dynamo cannot trace the question
 _TRACING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -236,7 +237,7 @@ def choose_implementation(implementation: str | None, device: str, dim: int, dou
     """The named implementation if it takes `dim` dimensions a head, else an error; None: the best for the device."""
     if implementation is None:
         fits = device == "cuda" and dim <= MAX_TRITON_DIM and not double
-        return "triton" if fits and importlib.util.find_spec("triton") else "chunked"
+        return "triton" if fits and _HAS_TRITON else "chunked"
     if implementation == "triton":
         if double:
             raise TypeError("implementation='triton' takes float32, bfloat16 and float16, got float64")
@@ -249,7 +250,7 @@ def choose_implementation(implementation: str | None, device: str, dim: int, dou
 
 def _triton_interprets() -> bool:
     """Whether kernels run in Triton's interpreter, which takes tensors on any device."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return False
     from triton import knobs
 

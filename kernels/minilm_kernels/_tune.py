@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 
-def tune(call: Callable[[], object]) -> dict[str, tuple[int, ...]]:
+def tune(call: Callable[[], object]) -> dict[str, tuple[int | None, ...]]:
     """Runs `call` with every candidate of tiles and keeps the fastest for calls like it, in this process.
 
     Args:
@@ -11,7 +11,8 @@ def tune(call: Callable[[], object]) -> dict[str, tuple[int, ...]]:
             that it leaves behind are meaningless: clear them.
 
     Returns:
-        (rows, keys, warps, stages) of each kernel, dimensions, length and dtype that was new.
+        (rows, keys, warps, stages, most registers of a thread or None) of each kernel, dimensions, length and dtype
+        that was new.
 
     The pinned tiles, which serve without this, give the same bits in every process; tuned ones may not.
     """

@@ -135,7 +135,7 @@ def key_launch(
     dy: list[Tensor],
     shape: Tiles,
 ) -> Launch:
-    block_m, block_n, num_warps, num_stages = shape
+    block_m, block_n, num_warps, num_stages, registers = shape
     programs, constants = swept(kind, block_n, block_m)
     unit = None
     if not kind.sums:
@@ -159,4 +159,4 @@ def key_launch(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
-    return Launch(key_sweep, programs, arguments, num_warps, num_stages)
+    return Launch(key_sweep, programs, arguments, num_warps, num_stages, registers)

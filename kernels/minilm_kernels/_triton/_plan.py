@@ -2,10 +2,14 @@
 
 - "resident": whole rows on chip; sums of short sequences with small heads, loss and gradients from one launch.
 - "self": forward, then one sweep for the gradient of a self relation, where row and key see each other or neither does.
+- "symmetric" instead of it where `self_structure` asks for it: a forward without running maxima.
+- "triangle" likewise: one visit to each pair of tokens, forward and backward.
 - "cross": forward with dX, then a sweep for dY; everything else.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -17,6 +21,20 @@ from minilm_kernels._relations import Relations
 
 RESIDENT_DIM = 64
 _TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+class _Chosen:
+    self_structure = "self"
+
+
+@contextmanager
+def self_structure(name: str) -> Iterator[None]:
+    """What self relations get instead of "self" meanwhile, for tests and benchmarks."""
+    before, _Chosen.self_structure = _Chosen.self_structure, name
+    try:
+        yield
+    finally:
+        _Chosen.self_structure = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +53,14 @@ class Kind:
     masked: bool
     precision: str  # of products of float32
     device: torch.device
+    self_structure: str
 
     @cached_property
     def structure(self) -> str:
         tokens = resident_tokens(architecture(self.device), self.element_size)
         if self.sums and self.shape[3] <= tokens and max(self.d_t, self.d_s) <= RESIDENT_DIM:
             return "resident"
-        return "self" if self.is_self and self.symmetric and self.sums else "cross"
+        return self.self_structure if self.is_self and self.symmetric and self.sums else "cross"
 
     @property
     def element_size(self) -> int:
@@ -71,6 +90,7 @@ def kind_fields(relations: Relations) -> tuple[Any, ...]:
         relations.bounds is not None,
         "tf32" if single and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         x_s.device,
+        _Chosen.self_structure,
     )
 
 
@@ -82,6 +102,7 @@ class Tiles(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread, so that more programs share a multiprocessor; NVIDIA only
 
 
 # For 16-bit tensors, by compute capability, kernel, and the largest dimension that the tiles serve: the student's,
@@ -128,19 +149,24 @@ def resident_tokens(architecture: int, element_size: int) -> int:
 def walkers(kind: Kind) -> int:
     """Programs that share the heads whose rows are on chip.
 
-    On Hopper a head of more than 64 tokens has a multiprocessor to itself: one program for each of them walks over the
-    heads, and loads the next beside the arithmetic of this one. Shorter heads share a multiprocessor; on Blackwell the
-    walk spills. There every head has its program.
+    On Hopper a head of more than 64 tokens and 16 dimensions has a multiprocessor to itself: one program for each of
+    them walks over the heads, and loads the next beside the arithmetic of this one. Shorter and smaller heads share a
+    multiprocessor; on Blackwell the walk spills. There every head has its program.
     """
     heads = math.prod(kind.shape[:3])
-    if not walks(architecture(kind.device), kind.shape[3]):
+    if not walks(architecture(kind.device), kind.shape[3], max(kind.d_t, kind.d_s)):
         return heads
     return min(heads, torch.cuda.get_device_properties(kind.device).multi_processor_count)
 
 
-def walks(architecture: int, length: int) -> bool:
+def walks(architecture: int, length: int, dim: int) -> bool:
     """Whether programs take several heads whose rows are on chip; see `walkers`."""
-    return architecture == 90 and length > 64
+    return architecture == 90 and length > 64 and dim > 16
+
+
+def resident_registers(architecture: int, length: int, dim: int) -> int | None:
+    """Most registers of a thread where whole rows are on chip: two programs share a multiprocessor if none walks."""
+    return 128 if architecture == 90 and length > 64 and not walks(architecture, length, dim) else None
 
 
 def padded(dim: int) -> int:

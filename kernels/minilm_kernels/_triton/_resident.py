@@ -16,13 +16,14 @@ from torch import Tensor
 
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch, group, row_weights, shared_arguments, value_buffer
-from minilm_kernels._triton._plan import Kind, padded, whole
+from minilm_kernels._triton._plan import Kind, padded, resident_registers, whole
 from minilm_kernels._triton._steps import (
     FLOOR,
     LN2,
     head_pointer,
     interval,
     load_tokens,
+    log2_ratio,
     pick,
     program,
     store_tokens,
@@ -89,7 +90,7 @@ def resident(
         s = tl.fma(s, scales[1], -(tl.max(s, 1) * scales[1])[:, None])
         p, q = tl.exp2(t), tl.exp2(s)
         l_t, l_s = tl.sum(p, 1), tl.sum(q, 1)
-        kl = LN2 * (tl.sum(p * (t - s), 1) / l_t - tl.log2(l_t) + tl.log2(l_s))
+        kl = LN2 * (tl.sum(p * (t - s), 1) / l_t + log2_ratio(l_s, l_t))
         weight = weight_of(row_weight, scales[3], batch, 0, inside, BLOCK)
         tl.store(value + index, tl.sum(tl.where(token, kl * weight, 0.0), 0))
         if dx is not None:
@@ -136,7 +137,9 @@ def scale_in_place(
         tl.store(pointers, scaled.to(pointers.dtype.element_ty), mask=mask)
 
 
-def resident_launch(relations: Relations, kind: Kind, dx: list[Tensor], dy: list[Tensor], programs: int) -> Launch:
+def resident_launch(
+    relations: Relations, kind: Kind, dx: list[Tensor], dy: list[Tensor], programs: int, architecture: int
+) -> Launch:
     heads, block = math.prod(kind.shape[:3]), padded(kind.shape[3])
     walk = programs < heads
     num_warps = max(1, block // (8 if kind.element_size > 2 else 16))
@@ -155,7 +158,8 @@ def resident_launch(relations: Relations, kind: Kind, dx: list[Tensor], dy: list
         "WHOLE": kind.shape[3] == block,
         "BLOCK": block,
     }
-    return Launch(resident, programs, arguments, num_warps, 2 if walk else 1)
+    registers = resident_registers(architecture, kind.shape[3], max(kind.d_t, kind.d_s))
+    return Launch(resident, programs, arguments, num_warps, 3 if walk else 1, registers)
 
 
 def scale_launch(

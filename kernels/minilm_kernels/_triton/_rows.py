@@ -3,14 +3,22 @@
 With t = scale_T x_T Y_Tᵀ and s = scale_S x_S Y_Sᵀ in base 2, over tiles of keys and relative to running maxima m,
 
     l_T = Σ 2^(t − m_T),   l_S = Σ 2^(s − m_S),   a = Σ 2^(t − m_T) ((t − m_T) − (s − m_S))
-    KL  = ln 2 · (a / l_T − log2 l_T + log2 l_S)
-    dX  = scale_S (o_S / l_S − o_T / l_T),   o_S = Σ 2^(s − m_S) y_S,   o_T = Σ 2^(t − m_T) y_S
-When the maxima rise by c_T and c_S, a becomes (a − l_T (c_T − c_S)) 2^(−c_T), l and o just shrink. (Subtracting the two
-lse at the end instead would cancel where scores are in the hundreds.) dX costs two products more and no exponential.
+    KL  = ln 2 · (a / l_T + log2 (l_S / l_T))
+    dX  = scale_S (o_D / l_S + o_T (1 / l_S − 1 / l_T))
+    o_D = Σ (2^(s − m_S) − 2^(t − m_T)) y_S,   o_T = Σ 2^(t − m_T) y_S
+When the maxima rise by c_T and c_S, a becomes (a − l_T (c_T − c_S)) 2^(−c_T), l and o_T just shrink, and o_D becomes
+o_D 2^(−c_S) + o_T (2^(−c_S) − 2^(−c_T)). (Subtracting the two lse at the end instead would cancel where scores are in
+the hundreds.) dX costs two products more and no exponential. Weights are rounded to the tensors' type for the products:
+with o_S = Σ 2^(s − m_S) y_S in place of o_D, the difference of two sums would keep the rounding of either, however near
+the models are; o_D keeps that of their difference.
+
+In a self relation s_ij ≤ (s_ii + s_jj) / 2. So the row's own score can stand for its running maximum (OWN): no maximum
+of a tile, and nothing shrinks. A tile with a sum above HEADROOM starts again, with running maxima.
 
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,12 +33,15 @@ from minilm_kernels._triton._steps import (
     is_token,
     load_tile,
     load_tokens,
+    log2_ratio,
     partners,
     program,
     store_lse,
     store_tokens,
     weight_of,
 )
+
+HEADROOM: tl.constexpr = tl.constexpr(2.0**64)
 
 
 @triton.jit
@@ -46,6 +57,7 @@ def row_sweep(
     lse_t,  # (m + log2 l,) or (m, log2 l), each (G, B, R, N), or None
     lse_s,
     dx,  # of G tensors (B, R, N, D_S), or None
+    taken,  # (G, B, R), 1 for heads that are left alone, or None
     scales,  # scale_t log2 e, scale_s log2 e, scale_s, weight
     B,
     R,
@@ -61,27 +73,45 @@ def row_sweep(
     BLOCK_N: tl.constexpr,
     FILLED: tl.constexpr,  # whether N fills a tile of the main loop
     TAIL: tl.constexpr,  # keys of a tile where some are not allowed
+    OWN: tl.constexpr,  # whether rows start from their own scores
 ):
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_M), R, B)
+    if taken is not None and tl.load(taken + (relation * B + batch) * R + head) != 0:
+        tl.store(value + tl.program_id(0), 0.0)
+        return
     m = tile * BLOCK_M
     inside = m + tl.arange(0, BLOCK_M) < N
     token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
     query_t = load_tokens(x_t, head_pointer(x_t, relation, batch, head), m, token, D_T, DIM_T, BLOCK_M)
     query_s = load_tokens(x_s, head_pointer(x_s, relation, batch, head), m, token, D_S, DIM_S, BLOCK_M)
     key_t, key_s = head_pointer(y_t, relation, batch, head), head_pointer(y_s, relation, batch, head)
-    m_t = tl.full([BLOCK_M], FLOOR, tl.float32)
-    m_s, l_t, l_s = m_t, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    if OWN:
+        own_t = load_tokens(y_t, key_t, m, token, D_T, DIM_T, BLOCK_M)
+        own_s = load_tokens(y_s, key_s, m, token, D_S, DIM_S, BLOCK_M)
+        m_t, m_s = _row_products(query_t, own_t) * scales[0], _row_products(query_s, own_s) * scales[1]
+    else:
+        m_t, m_s = tl.full([BLOCK_M], FLOOR, tl.float32), tl.full([BLOCK_M], FLOOR, tl.float32)
+    l_t, l_s = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     a = tl.zeros([BLOCK_M], tl.float32)
-    o_t, o_s = tl.zeros([BLOCK_M, DIM_S], tl.float32), tl.zeros([BLOCK_M, DIM_S], tl.float32)
+    o_t, o_d = tl.zeros([BLOCK_M, DIM_S], tl.float32), tl.zeros([BLOCK_M, DIM_S], tl.float32)
 
     for n in range(start, full, BLOCK_N):
         tile_t = load_tile(y_t, key_t, n, D_T, DIM_T, BLOCK_N)
         tile_s = load_tile(y_s, key_s, n, D_S, DIM_S, BLOCK_N)
         t = tl.dot(query_t, tile_t.T, input_precision=PRECISION)
         s = tl.dot(query_s, tile_s.T, input_precision=PRECISION)
-        m_t, m_s, l_t, l_s, a, o_t, o_s = _online_update(
-            m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, lse_t, dx, PRECISION
-        )
+        if OWN:
+            l_t, l_s, a, o_t, o_d = _update(m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, dx, PRECISION)
+        else:
+            m_t, m_s, l_t, l_s, a, o_t, o_d = _online_update(
+                m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, lse_t, dx, PRECISION
+            )
+    if OWN:
+        within = (full > start) & (tl.maximum(tl.max(l_t, 0), tl.max(l_s, 0)) <= HEADROOM)
+        full = tl.where(within, full, start)
+        m_t, m_s = tl.where(within, m_t, FLOOR), tl.where(within, m_s, FLOOR)
+        l_t, l_s, a = tl.where(within, l_t, 0.0), tl.where(within, l_s, 0.0), tl.where(within, a, 0.0)
+        o_t, o_d = tl.where(within, o_t, 0.0), tl.where(within, o_d, 0.0)
     for n in range(full, last, TAIL):
         offs_n = n + tl.arange(0, TAIL)
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
@@ -90,12 +120,12 @@ def row_sweep(
         allowed = key[None, :] & (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
         t = tl.where(allowed, tl.dot(query_t, tile_t.T, input_precision=PRECISION), FLOOR)
         s = tl.where(allowed, tl.dot(query_s, tile_s.T, input_precision=PRECISION), FLOOR)
-        m_t, m_s, l_t, l_s, a, o_t, o_s = _online_update(
-            m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, lse_t, dx, PRECISION
+        m_t, m_s, l_t, l_s, a, o_t, o_d = _online_update(
+            m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, lse_t, dx, PRECISION
         )
 
     l_t, l_s = tl.where(token, l_t, 1.0), tl.where(token, l_s, 1.0)
-    kl = tl.where(token, LN2 * (a / l_t - tl.log2(l_t) + tl.log2(l_s)), 0.0)
+    kl = tl.where(token, LN2 * (a / l_t + log2_ratio(l_s, l_t)), 0.0)
     weight = weight_of(row_weight, scales[3], batch, m, inside, BLOCK_M)
     at = ((relation * B + batch) * R + head).to(tl.int64) * N + m + tl.arange(0, BLOCK_M)
     if SUMS:
@@ -106,7 +136,7 @@ def row_sweep(
         store_lse(lse_t, at, token, inside, m_t, l_t)
         store_lse(lse_s, at, token, inside, m_s, l_s)
     if dx is not None:
-        gradient = (o_s / l_s[:, None] - o_t / l_t[:, None]) * scales[2]
+        gradient = (o_d / l_s[:, None] + o_t * (1.0 / l_s - 1.0 / l_t)[:, None]) * scales[2]
         if FOLD:
             gradient *= weight[:, None]
         gradient = tl.where(token[:, None], gradient, 0.0)
@@ -114,7 +144,24 @@ def row_sweep(
 
 
 @triton.jit
-def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, lse, dx, PRECISION: tl.constexpr):
+def _row_products(x, y):
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+
+
+@triton.jit
+def _update(m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, dx, PRECISION: tl.constexpr):
+    """The sums after one more tile of products, where the references stay."""
+    t, s = t * scales[0] - m_t[:, None], s * scales[1] - m_s[:, None]
+    p, q = tl.exp2(t), tl.exp2(s)
+    l_t, l_s, a = l_t + tl.sum(p, 1), l_s + tl.sum(q, 1), a + tl.sum(p * (t - s), 1)
+    if dx is not None:
+        o_d = tl.dot((q - p).to(tile_s.dtype), tile_s, o_d, input_precision=PRECISION)
+        o_t = tl.dot(p.to(tile_s.dtype), tile_s, o_t, input_precision=PRECISION)
+    return l_t, l_s, a, o_t, o_d
+
+
+@triton.jit
+def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, lse, dx, PRECISION: tl.constexpr):
     """The running sums after one more tile of products; their scale is applied where it costs nothing.
 
     Two sums instead of one of p (t − s): that would hold both tiles of scores in registers beside p, and spill.
@@ -132,15 +179,22 @@ def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_s, t, s, scales, tile_s, lse, d
     l_t = l_t * shrink_t + tl.sum(p, 1)
     l_s = l_s * shrink_s + tl.sum(q, 1)
     if dx is not None:
+        o_d = o_d * shrink_s[:, None] + o_t * (shrink_s - shrink_t)[:, None]
+        o_d = tl.dot((q - p).to(tile_s.dtype), tile_s, o_d, input_precision=PRECISION)
         o_t = tl.dot(p.to(tile_s.dtype), tile_s, o_t * shrink_t[:, None], input_precision=PRECISION)
-        o_s = tl.dot(q.to(tile_s.dtype), tile_s, o_s * shrink_s[:, None], input_precision=PRECISION)
-    return new_t, new_s, l_t, l_s, a, o_t, o_s
+    return new_t, new_s, l_t, l_s, a, o_t, o_d
 
 
 def row_launch(
-    relations: Relations, kind: Kind, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], shape: Tiles
+    relations: Relations,
+    kind: Kind,
+    lse_t: Tensor,
+    lse_s: Tensor,
+    dx: list[Tensor],
+    shape: Tiles,
+    taken: Tensor | None = None,
 ) -> Launch:
-    block_m, block_n, num_warps, num_stages = shape
+    block_m, block_n, num_warps, num_stages, registers = shape
     programs, constants = swept(kind, block_m, block_n)
     arguments = {
         **constants,
@@ -152,9 +206,11 @@ def row_launch(
         "lse_t": lse_argument(lse_t),
         "lse_s": lse_argument(lse_s),
         "dx": group(dx),
+        "taken": taken,
         "SUMS": kind.sums,
         "FOLD": kind.sums and kind.folds_weight,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
+        "OWN": kind.element_size == 2 and (not dx or kind.dtype_s != torch.float16),
     }
-    return Launch(row_sweep, programs, arguments, num_warps, num_stages)
+    return Launch(row_sweep, programs, arguments, num_warps, num_stages, registers)
