@@ -116,10 +116,10 @@ _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
         "self": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
     },
     90: {
-        "forward": {64: Tiles(128, 128, 8, 2)},
-        "rows": {64: Tiles(128, 128, 8, 2), 128: Tiles(64, 32, 4, 2)},
-        "keys": {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 128, 8, 2)},
-        "self": {32: Tiles(128, 64, 4, 2), 64: Tiles(128, 128, 8, 2), 128: Tiles(128, 64, 8, 2)},
+        "forward": {16: Tiles(64, 64, 4, 3), 32: Tiles(64, 64, 4, 3, 128), 64: Tiles(64, 64, 4, 2, 128)},
+        "rows": {16: Tiles(64, 64, 4, 3, 128), 32: Tiles(64, 64, 4, 3, 168), 64: Tiles(64, 64, 4, 3, 168), 128: Tiles(64, 32, 4, 2)},
+        "keys": {16: Tiles(32, 128, 4, 3), 32: Tiles(64, 64, 4, 3, 128), 64: Tiles(32, 64, 4, 3, 96), 128: Tiles(64, 128, 8, 2)},
+        "self": {16: Tiles(128, 32, 4, 3, 128), 32: Tiles(64, 64, 4, 3, 128), 64: Tiles(64, 64, 4, 3, 168), 128: Tiles(128, 64, 8, 2)},
     },
     100: {
         "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
@@ -156,17 +156,18 @@ def walkers(kind: Kind) -> int:
     heads = math.prod(kind.shape[:3])
     if not walks(architecture(kind.device), kind.shape[3], max(kind.d_t, kind.d_s)):
         return heads
-    return min(heads, torch.cuda.get_device_properties(kind.device).multi_processor_count)
+    each = 8 if max(kind.d_t, kind.d_s) <= 16 else 1
+    return min(heads, each * torch.cuda.get_device_properties(kind.device).multi_processor_count)
 
 
 def walks(architecture: int, length: int, dim: int) -> bool:
     """Whether programs take several heads whose rows are on chip; see `walkers`."""
-    return architecture == 90 and length > 64 and dim > 16
+    return architecture == 90 and length > 64
 
 
 def resident_registers(architecture: int, length: int, dim: int) -> int | None:
     """Most registers of a thread where whole rows are on chip: two programs share a multiprocessor if none walks."""
-    return 128 if architecture == 90 and length > 64 and not walks(architecture, length, dim) else None
+    return 128 if walks(architecture, length, dim) and dim <= 16 else None
 
 
 def padded(dim: int) -> int:
