@@ -14,7 +14,6 @@ from minilm_kernels._triton._plan import Kind, architecture, kind_fields, known_
 from minilm_kernels._triton._resident import resident_launch, scale_launch
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import factor_launch, self_launch
-from minilm_kernels._triton._triangle import triangle_backward_launch, triangle_forward_launch
 from minilm_kernels._triton._tune import planned
 
 Outputs = tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]
@@ -34,8 +33,7 @@ def _buffers(
     parts = kind.lse_parts if needs_gradient and not on_chip else 0
     lse_t = relations.x_s[0].new_empty((parts, *kind.shape), dtype=torch.float32)
     lse_s = torch.empty_like(lse_t)
-    prepares = needs_gradient and kind.structure in ("resident", "cross")
-    dx = [torch.empty_like(x) for x in relations.x_s] if prepares else []
+    dx = [torch.empty_like(x) for x in relations.x_s] if needs_gradient and kind.structure != "self" else []
     dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and on_chip else []
     return lse_t, lse_s, dx, dy
 
@@ -45,25 +43,12 @@ def forward(relations: Relations, needs_gradient: bool) -> Outputs:
     lse_t, lse_s, dx, dy = buffers = _buffers(relations, kind, needs_gradient)
     if kind.structure == "resident":
         launch = resident_launch(relations, kind, dx, dy, walkers(kind), architecture(kind.device))
-    elif kind.structure == "triangle":
-        return _triangle_value(relations, kind, lse_t, lse_s), *buffers
     else:
         build = partial(row_launch, relations, kind, lse_t, lse_s, dx)
         launch = planned("rows" if dx else "forward", kind, build)
     launch.run(kind.device)
     value = launch.arguments["value"]
     return value.sum(1) if kind.sums else value, *buffers
-
-
-def _triangle_value(relations: Relations, kind: Kind, lse_t: Tensor, lse_s: Tensor) -> Tensor:
-    """The sums: of the heads that the triangle takes, and of the others."""
-    taken = lse_t.new_empty(kind.shape[:3], dtype=torch.int32)
-    launch = triangle_forward_launch(relations, kind, taken, lse_t, lse_s)
-    launch.run(kind.device)
-    others = planned("forward", kind, partial(row_launch, relations, kind, lse_t, lse_s, [], taken=taken))
-    others.run(kind.device)
-    value: Tensor = launch.arguments["value"].sum(1) + others.arguments["value"].sum(1)
-    return value
 
 
 def backward(
@@ -82,15 +67,10 @@ def backward(
             alike = bool(dy) and dx[0].stride() == dy[0].stride()
             groups = [dx + dy] if alike else [gradients for gradients in (dx, dy) if gradients]
             launches = [scale_launch(relations, kind, grad, relation_weights, gradients) for gradients in groups]
-        case "self" | "symmetric" | "triangle":
+        case "self":
             bases, factors = ([lse_t.new_empty(shape) for _ in range(2)] for shape in (kind.shape[:3], kind.shape))
-            saved = relations, kind, lse_t, lse_s
-            taken, launches = None, []
-            if kind.structure == "triangle":
-                taken = lse_t.new_empty(kind.shape[:3], dtype=torch.int32)
-                launches = [triangle_backward_launch(*saved, taken, grad, relation_weights, dx)]
-            build = partial(self_launch, *saved, bases, factors, grad, relation_weights, dx, taken=taken)
-            launches += [factor_launch(*saved[1:], bases, factors, taken), planned("self", kind, build)]
+            build = partial(self_launch, relations, kind, lse_t, lse_s, bases, factors, grad, relation_weights, dx)
+            launches = [factor_launch(kind, lse_t, lse_s, bases, factors), planned("self", kind, build)]
         case _:
             build = partial(key_launch, relations, kind, lse_t, lse_s, grad, relation_weights, dx, dy)
             launches = [planned("keys", kind, build)]

@@ -2,14 +2,10 @@
 
 - "resident": whole rows on chip; sums of short sequences with small heads, loss and gradients from one launch.
 - "self": forward, then one sweep for the gradient of a self relation, where row and key see each other or neither does.
-- "symmetric" instead of it where `self_structure` asks for it: a forward without running maxima.
-- "triangle" likewise: one visit to each pair of tokens, forward and backward.
 - "cross": forward with dX, then a sweep for dY; everything else.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -21,20 +17,6 @@ from minilm_kernels._relations import Relations
 
 RESIDENT_DIM = 64
 _TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
-
-
-class _Chosen:
-    self_structure = "self"
-
-
-@contextmanager
-def self_structure(name: str) -> Iterator[None]:
-    """What self relations get instead of "self" meanwhile, for tests and benchmarks."""
-    before, _Chosen.self_structure = _Chosen.self_structure, name
-    try:
-        yield
-    finally:
-        _Chosen.self_structure = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +35,13 @@ class Kind:
     masked: bool
     precision: str  # of products of float32
     device: torch.device
-    self_structure: str
 
     @cached_property
     def structure(self) -> str:
         tokens = resident_tokens(architecture(self.device), self.element_size)
         if self.sums and self.shape[3] <= tokens and max(self.d_t, self.d_s) <= RESIDENT_DIM:
             return "resident"
-        return self.self_structure if self.is_self and self.symmetric and self.sums else "cross"
+        return "self" if self.is_self and self.symmetric and self.sums else "cross"
 
     @property
     def element_size(self) -> int:
@@ -90,7 +71,6 @@ def kind_fields(relations: Relations) -> tuple[Any, ...]:
         relations.bounds is not None,
         "tf32" if single and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         x_s.device,
-        _Chosen.self_structure,
     )
 
 
@@ -117,9 +97,24 @@ _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     },
     90: {
         "forward": {16: Tiles(64, 64, 4, 3), 32: Tiles(64, 64, 4, 3, 128), 64: Tiles(64, 64, 4, 2, 128)},
-        "rows": {16: Tiles(64, 64, 4, 3, 128), 32: Tiles(64, 64, 4, 3, 168), 64: Tiles(64, 64, 4, 3, 168), 128: Tiles(64, 32, 4, 2)},
-        "keys": {16: Tiles(32, 128, 4, 3), 32: Tiles(64, 64, 4, 3, 128), 64: Tiles(32, 64, 4, 3, 96), 128: Tiles(64, 128, 8, 2)},
-        "self": {16: Tiles(128, 32, 4, 3, 128), 32: Tiles(64, 64, 4, 3, 128), 64: Tiles(64, 64, 4, 3, 168), 128: Tiles(128, 64, 8, 2)},
+        "rows": {
+            16: Tiles(64, 64, 4, 3, 128),
+            32: Tiles(64, 64, 4, 3, 168),
+            64: Tiles(64, 64, 4, 3, 168),
+            128: Tiles(64, 32, 4, 2),
+        },
+        "keys": {
+            16: Tiles(32, 128, 4, 3),
+            32: Tiles(64, 64, 4, 3, 128),
+            64: Tiles(32, 64, 4, 3, 96),
+            128: Tiles(64, 128, 8, 2),
+        },
+        "self": {
+            16: Tiles(128, 32, 4, 3, 128),
+            32: Tiles(64, 64, 4, 3, 128),
+            64: Tiles(64, 64, 4, 3, 168),
+            128: Tiles(128, 64, 8, 2),
+        },
     },
     100: {
         "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},

@@ -1,19 +1,19 @@
 """Sweep over the keys of a block of rows: row loss, logarithms of the two softmax sums, and dX.
 
-With t = scale_T x_T Y_Tᵀ and s = scale_S x_S Y_Sᵀ in base 2, over tiles of keys and relative to running maxima m,
+With t = scale_T x_T Y_Tᵀ and s = scale_S x_S Y_Sᵀ in base 2, over tiles of keys and relative to references m,
 
-    l_T = Σ 2^(t − m_T),   l_S = Σ 2^(s − m_S),   a = Σ 2^(t − m_T) ((t − m_T) − (s − m_S))
+    p = 2^(t − m_T),   q = 2^(s − m_S),   l_T = Σ p,   l_S = Σ q,   a = Σ p ((t − m_T) − (s − m_S))
     KL  = ln 2 · (a / l_T + log2 (l_S / l_T))
-    dX  = scale_S (o_D / l_S + o_T (1 / l_S − 1 / l_T))
-    o_D = Σ (2^(s − m_S) − 2^(t − m_T)) y_S,   o_T = Σ 2^(t − m_T) y_S
-When the maxima rise by c_T and c_S, a becomes (a − l_T (c_T − c_S)) 2^(−c_T), l and o_T just shrink, and o_D becomes
-o_D 2^(−c_S) + o_T (2^(−c_S) − 2^(−c_T)). (Subtracting the two lse at the end instead would cancel where scores are in
-the hundreds.) dX costs two products more and no exponential. Weights are rounded to the tensors' type for the products:
-with o_S = Σ 2^(s − m_S) y_S in place of o_D, the difference of two sums would keep the rounding of either, however near
-the models are; o_D keeps that of their difference.
+    dX  = scale_S (o_D / l_S + o_T (ratio / l_S − 1 / l_T)),   o_D = Σ (q − ratio · p) y_S,   o_T = Σ p y_S
+dX costs two products more and no exponential. Weights are rounded to the tensors' type for the products. With Σ q y_S
+in place of o_D, the difference of two sums would keep the rounding of either, however near the models are; o_D keeps
+that of their difference, as ratio = l_S / l_T over the keys so far makes q and ratio · p what Q and P are.
 
-In a self relation s_ij ≤ (s_ii + s_jj) / 2. So the row's own score can stand for its running maximum (OWN): no maximum
-of a tile, and nothing shrinks. A tile with a sum above HEADROOM starts again, with running maxima.
+References. In bfloat16 a row's score with its own token stands for its maximum (OWN): no maximum of a tile, and
+nothing shrinks. A tile of rows with a sum above HEADROOM starts again with running maxima, as float32 (whose errors
+show) and float16 (which cannot hold such weights) do at once. When those rise by c_T and c_S, a becomes
+(a − l_T (c_T − c_S)) 2^(−c_T), and all other sums just shrink. (Subtracting the two lse at the end instead would
+cancel where scores are in the hundreds.)
 
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
@@ -57,7 +57,6 @@ def row_sweep(
     lse_t,  # (m + log2 l,) or (m, log2 l), each (G, B, R, N), or None
     lse_s,
     dx,  # of G tensors (B, R, N, D_S), or None
-    taken,  # (G, B, R), 1 for heads that are left alone, or None
     scales,  # scale_t log2 e, scale_s log2 e, scale_s, weight
     B,
     R,
@@ -76,9 +75,6 @@ def row_sweep(
     OWN: tl.constexpr,  # whether rows start from their own scores
 ):
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_M), R, B)
-    if taken is not None and tl.load(taken + (relation * B + batch) * R + head) != 0:
-        tl.store(value + tl.program_id(0), 0.0)
-        return
     m = tile * BLOCK_M
     inside = m + tl.arange(0, BLOCK_M) < N
     token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
@@ -94,6 +90,7 @@ def row_sweep(
     l_t, l_s = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     a = tl.zeros([BLOCK_M], tl.float32)
     o_t, o_d = tl.zeros([BLOCK_M, DIM_S], tl.float32), tl.zeros([BLOCK_M, DIM_S], tl.float32)
+    ratio = tl.zeros([BLOCK_M], tl.float32)
 
     for n in range(start, full, BLOCK_N):
         tile_t = load_tile(y_t, key_t, n, D_T, DIM_T, BLOCK_N)
@@ -101,10 +98,12 @@ def row_sweep(
         t = tl.dot(query_t, tile_t.T, input_precision=PRECISION)
         s = tl.dot(query_s, tile_s.T, input_precision=PRECISION)
         if OWN:
-            l_t, l_s, a, o_t, o_d = _update(m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, dx, PRECISION)
+            l_t, l_s, a, o_t, o_d, ratio = _update(
+                m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION
+            )
         else:
-            m_t, m_s, l_t, l_s, a, o_t, o_d = _online_update(
-                m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, lse_t, dx, PRECISION
+            m_t, m_s, l_t, l_s, a, o_t, o_d, ratio = _online_update(
+                m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse_t, dx, PRECISION
             )
     if OWN:
         within = (full > start) & (tl.maximum(tl.max(l_t, 0), tl.max(l_s, 0)) <= HEADROOM)
@@ -120,8 +119,8 @@ def row_sweep(
         allowed = key[None, :] & (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
         t = tl.where(allowed, tl.dot(query_t, tile_t.T, input_precision=PRECISION), FLOOR)
         s = tl.where(allowed, tl.dot(query_s, tile_s.T, input_precision=PRECISION), FLOOR)
-        m_t, m_s, l_t, l_s, a, o_t, o_d = _online_update(
-            m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, lse_t, dx, PRECISION
+        m_t, m_s, l_t, l_s, a, o_t, o_d, ratio = _online_update(
+            m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse_t, dx, PRECISION
         )
 
     l_t, l_s = tl.where(token, l_t, 1.0), tl.where(token, l_s, 1.0)
@@ -136,7 +135,7 @@ def row_sweep(
         store_lse(lse_t, at, token, inside, m_t, l_t)
         store_lse(lse_s, at, token, inside, m_s, l_s)
     if dx is not None:
-        gradient = (o_d / l_s[:, None] + o_t * (1.0 / l_s - 1.0 / l_t)[:, None]) * scales[2]
+        gradient = (o_d / l_s[:, None] + o_t * (ratio / l_s - 1.0 / l_t)[:, None]) * scales[2]
         if FOLD:
             gradient *= weight[:, None]
         gradient = tl.where(token[:, None], gradient, 0.0)
@@ -149,19 +148,20 @@ def _row_products(x, y):
 
 
 @triton.jit
-def _update(m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, dx, PRECISION: tl.constexpr):
+def _update(m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION: tl.constexpr):
     """The sums after one more tile of products, where the references stay."""
     t, s = t * scales[0] - m_t[:, None], s * scales[1] - m_s[:, None]
     p, q = tl.exp2(t), tl.exp2(s)
     l_t, l_s, a = l_t + tl.sum(p, 1), l_s + tl.sum(q, 1), a + tl.sum(p * (t - s), 1)
     if dx is not None:
-        o_d = tl.dot((q - p).to(tile_s.dtype), tile_s, o_d, input_precision=PRECISION)
-        o_t = tl.dot(p.to(tile_s.dtype), tile_s, o_t, input_precision=PRECISION)
-    return l_t, l_s, a, o_t, o_d
+        new = _ratio(l_s, l_t)
+        o_t, o_d = _weighted(o_t, o_d + o_t * (ratio - new)[:, None], p, q, new, tile_s, PRECISION)
+        ratio = new
+    return l_t, l_s, a, o_t, o_d, ratio
 
 
 @triton.jit
-def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, lse, dx, PRECISION: tl.constexpr):
+def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse, dx, PRECISION: tl.constexpr):
     """The running sums after one more tile of products; their scale is applied where it costs nothing.
 
     Two sums instead of one of p (t − s): that would hold both tiles of scores in registers beside p, and spill.
@@ -179,20 +179,28 @@ def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_d, t, s, scales, tile_s, lse, d
     l_t = l_t * shrink_t + tl.sum(p, 1)
     l_s = l_s * shrink_s + tl.sum(q, 1)
     if dx is not None:
-        o_d = o_d * shrink_s[:, None] + o_t * (shrink_s - shrink_t)[:, None]
-        o_d = tl.dot((q - p).to(tile_s.dtype), tile_s, o_d, input_precision=PRECISION)
-        o_t = tl.dot(p.to(tile_s.dtype), tile_s, o_t * shrink_t[:, None], input_precision=PRECISION)
-    return new_t, new_s, l_t, l_s, a, o_t, o_d
+        new = _ratio(l_s, l_t)
+        o_d = o_d * shrink_s[:, None] + o_t * (ratio * shrink_s - new * shrink_t)[:, None]
+        o_t, o_d = _weighted(o_t * shrink_t[:, None], o_d, p, q, new, tile_s, PRECISION)
+        ratio = new
+    return new_t, new_s, l_t, l_s, a, o_t, o_d, ratio
+
+
+@triton.jit
+def _ratio(l_s, l_t):
+    """l_s / l_t, but finite: any number serves, near that one best."""
+    return tl.minimum(l_s / tl.maximum(l_t, 2.0**-64), 2.0**64)
+
+
+@triton.jit
+def _weighted(o_t, o_d, p, q, ratio, tile_s, PRECISION: tl.constexpr):
+    """The two weighted sums after one more tile."""
+    o_d = tl.dot((q - ratio[:, None] * p).to(tile_s.dtype), tile_s, o_d, input_precision=PRECISION)
+    return tl.dot(p.to(tile_s.dtype), tile_s, o_t, input_precision=PRECISION), o_d
 
 
 def row_launch(
-    relations: Relations,
-    kind: Kind,
-    lse_t: Tensor,
-    lse_s: Tensor,
-    dx: list[Tensor],
-    shape: Tiles,
-    taken: Tensor | None = None,
+    relations: Relations, kind: Kind, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], shape: Tiles
 ) -> Launch:
     block_m, block_n, num_warps, num_stages, registers = shape
     programs, constants = swept(kind, block_m, block_n)
@@ -206,7 +214,6 @@ def row_launch(
         "lse_t": lse_argument(lse_t),
         "lse_s": lse_argument(lse_s),
         "dx": group(dx),
-        "taken": taken,
         "SUMS": kind.sums,
         "FOLD": kind.sums and kind.folds_weight,
         "BLOCK_M": block_m,

@@ -48,11 +48,8 @@ def key_factors(
     base_s,
     factor_t,  # (G, B, R, N), b of each key
     factor_s,
-    taken,  # (G, B, R), 1 for heads that are left alone, or None
     N,
 ):
-    if taken is not None and tl.load(taken + tl.program_id(0)) != 0:
-        return
     _key_factors(lse_t, base_t, factor_t, N)
     _key_factors(lse_s, base_s, factor_s, N)
 
@@ -88,7 +85,6 @@ def self_sweep(
     grad,  # of the weighted sum, one number
     relation_weights,
     dx,  # of G tensors (B, R, N, D_S)
-    taken,  # (G, B, R), 1 for heads that are left alone, or None
     scales,  # scale_t log2 e, scale_s log2 e, scale_s, weight
     B,
     R,
@@ -104,8 +100,6 @@ def self_sweep(
     TAIL: tl.constexpr,  # keys of a tile where some are not allowed
 ):
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_M), R, B)
-    if taken is not None and tl.load(taken + (relation * B + batch) * R + head) != 0:
-        return
     m = tile * BLOCK_M
     offs_m = m + tl.arange(0, BLOCK_M)
     token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
@@ -159,14 +153,7 @@ def _above(base, lse, low, token):
     return tl.where(token, lse - tl.load(base) + low, 0.0)
 
 
-def factor_launch(
-    kind: Kind,
-    lse_t: Tensor,
-    lse_s: Tensor,
-    bases: list[Tensor],
-    factors: list[Tensor],
-    taken: Tensor | None = None,
-) -> Launch:
+def factor_launch(kind: Kind, lse_t: Tensor, lse_s: Tensor, bases: list[Tensor], factors: list[Tensor]) -> Launch:
     arguments = {
         "lse_t": lse_argument(lse_t),
         "lse_s": lse_argument(lse_s),
@@ -174,7 +161,6 @@ def factor_launch(
         "base_s": bases[1],
         "factor_t": factors[0],
         "factor_s": factors[1],
-        "taken": taken,
         "N": kind.shape[3],
     }
     return Launch(key_factors, math.prod(kind.shape[:3]), arguments, 4, 1)
@@ -191,7 +177,6 @@ def self_launch(
     relation_weights: list[float],
     dx: list[Tensor],
     shape: Tiles,
-    taken: Tensor | None = None,
 ) -> Launch:
     block_m, block_n, num_warps, num_stages, registers = shape
     programs, constants = swept(kind, block_m, block_n)
@@ -206,7 +191,6 @@ def self_launch(
         "grad": grad,
         "relation_weights": tuple(relation_weights),
         "dx": group(dx),
-        "taken": taken,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
