@@ -37,8 +37,10 @@ def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
     if part == "tests":
         files = [*(ROOT / "tests").glob("test_loss_*.py"), ROOT / "tests" / "test_outputs.py"]
         # Natively on CUDA where there is one, and most of the time is the compiler's, on the CPU.
-        parallel = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-        return [[python, "-m", "pytest", "-q", "--maxfail=20", *parallel, *sorted(map(str, files))]]
+        workers = str(min(16, os.cpu_count() or 1))
+        parallel = ["-n", workers, "--dist=loadgroup"] if importlib.util.find_spec("xdist") else []
+        plain = ["-q", "-ra", "-o", "addopts="]  # those of pyproject.toml need pytest-xdist
+        return [[python, "-m", "pytest", *plain, "--maxfail=20", *parallel, *sorted(map(str, files))]]
     if part == "bench":
         return [[python, str(bench / "loss_bench.py"), *options]]
     if part == "step":

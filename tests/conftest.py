@@ -9,6 +9,7 @@ import pytest
 # On some CPUs numpy's product of A and B differs in its last bits from that of Bᵀ and Aᵀ, which on a GPU it does not;
 # the interpreter multiplies with numpy. Read when torch imports numpy.
 os.environ["OPENBLAS_CORETYPE"] = "Prescott"
+os.environ["OMP_NUM_THREADS"] = "1"  # numpy's threads, and those of the processes that tests start
 import torch
 
 if torch.cuda.is_available():
