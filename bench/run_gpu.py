@@ -38,7 +38,7 @@ def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
         files = [*(ROOT / "tests").glob("test_loss_*.py"), ROOT / "tests" / "test_outputs.py"]
         # Natively on CUDA where there is one, and most of the time is the compiler's, on the CPU.
         workers = str(min(16, os.cpu_count() or 1))
-        parallel = ["-n", workers, "--dist=loadgroup"] if importlib.util.find_spec("xdist") else []
+        parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
         plain = ["-q", "-ra", "-o", "addopts="]  # those of pyproject.toml need pytest-xdist
         return [[python, "-m", "pytest", *plain, "--maxfail=20", *parallel, *sorted(map(str, files))]]
     if part == "bench":
