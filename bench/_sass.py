@@ -20,6 +20,7 @@ class Code(NamedTuple):
     tensor_instruction: str | None
     issue: float | None  # warp instructions of the main loop per element and thread
     exponentials: float | None
+    loads: float | None  # of global memory into registers: each waits where it stands
 
 
 def read(cubin: bytes, elements: float) -> Code:
@@ -41,6 +42,7 @@ def read(cubin: bytes, elements: float) -> Code:
         tensor_instruction=next((name for name in _TENSOR if counts[name]), None),
         issue=round((sum(loop.values()) - loop["NOP"]) / elements, 2) if loop else None,
         exponentials=round(loop["MUFU"] / elements, 2) if loop else None,
+        loads=round(loop["LDG"] / elements, 2) if loop else None,
     )
 
 

@@ -37,9 +37,12 @@ def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
     if part == "tests":
         files = [*(ROOT / "tests").glob("test_loss_*.py"), ROOT / "tests" / "test_outputs.py"]
         # Natively on CUDA where there is one, and most of the time is the compiler's, on the CPU.
-        parallel = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-        # pytest-benchmark warns beside workers, and warnings are errors here.
-        return [[python, "-m", "pytest", "-q", "-p", "no:benchmark", *parallel, *sorted(map(str, files))]]
+        workers = str(min(16, os.cpu_count() or 1))
+        parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
+        # Without pyproject.toml's options, which need pytest-xdist, and without pytest-benchmark, which before 5.3
+        # warns beside workers; warnings are errors here.
+        plain = ["-q", "-ra", "-o", "addopts=", "-p", "no:benchmark"]
+        return [[python, "-m", "pytest", *plain, *parallel, *sorted(map(str, files))]]
     if part == "bench":
         return [[python, str(bench / "loss_bench.py"), *options]]
     if part == "step":

@@ -61,6 +61,7 @@ class Row(NamedTuple):
     tensor_instruction: str | None
     issue: float | None
     exponentials: float | None
+    loads: float | None
 
 
 def variants(dtypes: Sequence[torch.dtype]) -> Iterator[Variant]:
@@ -152,6 +153,7 @@ def measure(name: str, variant: Variant) -> Row:
     call = launch(variant, {90: 90, 100: 100}.get(target.arch, 80))
     compiled = compile_for(target, call)
     constants = call.arguments
+    cap = f" r{call.max_registers}" if call.max_registers else ""
     tiles = [constants[block] for block in ("BLOCK_M", "BLOCK_N", "BLOCK") if block in constants]
     elements = (tiles[0] * tiles[-1]) / (32 * call.num_warps)
     code = _sass.read(compiled.asm["cubin"], elements) if target.backend == "cuda" else None
@@ -162,13 +164,14 @@ def measure(name: str, variant: Variant) -> Row:
         d_s=variant.d_s,
         dtype=str(variant.dtype).removeprefix("torch."),
         bounded=variant.bounded,
-        tiles="x".join(map(str, tiles)) + f" w{call.num_warps} s{call.num_stages}",
+        tiles="x".join(map(str, tiles)) + f" w{call.num_warps} s{call.num_stages}" + cap,
         registers=code.registers if code else None,
         spills=code.spills if code else None,
         shared_bytes=compiled.metadata.shared,
         tensor_instruction=code.tensor_instruction if code else None,
         issue=code.issue if code else None,
         exponentials=code.exponentials if code else None,
+        loads=code.loads if code else None,
     )
 
 

@@ -1,6 +1,6 @@
 """Forward and backward of the loss on a CPU: the chunked path beside eager PyTorch.
 
-pytest bench/test_cpu.py --benchmark-only --benchmark-group-by=param:n
+pytest bench/test_cpu.py -n 0 --benchmark-only --benchmark-group-by=param:n
 """
 
 from typing import Any

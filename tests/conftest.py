@@ -1,5 +1,6 @@
 """What all tests share: Triton's interpreter where there is no GPU, and fixtures of the loss and the command line."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 # On some CPUs numpy's product of A and B differs in its last bits from that of Bᵀ and Aᵀ, which on a GPU it does not;
 # the interpreter multiplies with numpy. Read when torch imports numpy.
 os.environ["OPENBLAS_CORETYPE"] = "Prescott"
+os.environ["OMP_NUM_THREADS"] = "1"  # numpy's threads, and those of the processes that tests start
 import torch
 
 if torch.cuda.is_available():
@@ -17,6 +19,15 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub, and asking in vain takes many seconds
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make gradcheck four times slower
+
+
+def pytest_collection_finish() -> None:
+    """The Trainer collects garbage whenever it begins: what the imports have made need not be looked through again."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else nanobind takes it for leaked
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ KILLS: steps like 3,8,11; in each of them the process is killed. Prints one JSON
 the killed ones, and whether the two students are equal, bit for bit.
 """
 
+import gc
 import json
 import os
 import signal
@@ -57,6 +58,7 @@ def in_a_child(argv: list[str], kill_at: int | None) -> int:
 
 def run(folder: Path, teacher: str, data: list[str], kills: list[int], flags: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports made: each run collects garbage when it begins
     distill.SPEED_SECONDS = 0.01
     argv = ["--teacher", teacher, "--data", *data, *COMMON, *flags]
     whole, broken = folder / "whole", folder / "broken"

@@ -228,7 +228,7 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path, killer: _
 def test_a_killed_process_is_continued_as_if_it_had_not_been(uninterrupted: Counting, tmp_path: Path) -> None:
     """SIGKILL in the middle of the third checkpoint (9 syncs make one whole: 7 files, the manifest, two folders)."""
     run = process(__file__, str(tmp_path), "killed", "26")
-    assert run.wait(timeout=60) == -signal.SIGKILL, run.stderr.read() if run.stderr else ""
+    assert run.wait(timeout=120) == -signal.SIGKILL, run.stderr.read() if run.stderr else ""
     run.communicate()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     assert (tmp_path / ASIDE / "checkpoint-6" / "model.safetensors").exists()
@@ -498,7 +498,7 @@ def test_a_process_that_is_asked_to_end_saves_and_ends(uninterrupted: Counting, 
     assert run.stdout is not None
     assert run.stdout.readline() == "step 3\n"
     run.send_signal(signal.SIGTERM)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=120)
     assert run.returncode == 128 + signal.SIGTERM, err
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 

@@ -21,8 +21,8 @@ SHAPES = [
     Case(id="one dimension", n=7, batch=2, teacher=(2, 2, 1), student=(2, 2, 1), relations=ALL_NINE),
     Case(id="D=6", n=7, batch=3, teacher=(2, 2, 6), student=(2, 2, 6), masks=("right", "full", "one")),
     Case(id="D=8", n=37, batch=2, relations=V2, masks=("left", "holes")),
-    Case(id="D=12", n=129, teacher=(2, 2, 12), student=(2, 2, 12), masks=("holes",)),
-    Case(id="D=26", n=300, teacher=(1, 1, 26), student=(1, 1, 26), masks=("right",)),
+    Case(id="D=12", n=129, teacher=(1, 1, 12), student=(1, 1, 12), masks=("holes",)),
+    Case(id="D=26", n=70, teacher=(1, 1, 26), student=(1, 1, 26), masks=("right",)),
     Case(id="D=32", n=129, teacher=(1, 1, 32), student=(1, 1, 32), relations=("kv", "qq")),
     Case(id="D=64", n=129, batch=2, teacher=(1, 1, 64), student=(1, 1, 64), masks=("left", "right")),
     Case(id="D=80", n=37, teacher=(2, 2, 80), student=(2, 2, 80)),
@@ -56,14 +56,14 @@ HEADS = [
     Case(id="grouped", n=37, teacher=(4, 2, 8), student=(4, 1, 6), relations=("qk",), masks=("holes",)),
     Case(id="grouped, v1", n=7, batch=2, teacher=(4, 2, 8), student=(4, 2, 6), relations=("qk", "vv", "vq")),
     Case(
-        id="12 relation heads", n=37, teacher=(4, 4, 24), student=(2, 2, 36), relations=V2, relation_heads=12,
+        id="6 relation heads", n=37, teacher=(4, 4, 24), student=(2, 2, 36), relations=V2, relation_heads=6,
         masks=("right",), layout="tokens first",
     ),
-    Case(id="48 relation heads", n=37, teacher=(12, 12, 32), student=(12, 12, 24), relations=V2, relation_heads=48),
+    Case(id="48 relation heads", n=19, teacher=(12, 12, 32), student=(12, 12, 24), relations=V2, relation_heads=48),
     Case(id="64 relation heads", n=7, teacher=(16, 16, 64), student=(12, 12, 64), relations=("qq",), relation_heads=64),
     Case(id="fewer relation heads", n=37, teacher=(6, 6, 8), student=(4, 4, 8), relation_heads=2),
     Case(
-        id="grouped, re-split", n=37, teacher=(4, 2, 12), student=(6, 2, 8), relations=("qk", "kk", "kq"),
+        id="grouped, re-split", n=19, teacher=(4, 2, 12), student=(6, 2, 8), relations=("qk", "kk", "kq"),
         relation_heads=8, masks=("holes",), layout="tokens first",
     ),
 ]  # fmt: skip

@@ -20,13 +20,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 BF16 = torch.bfloat16
 CASES = [
     Case(id="plain", n=37, batch=2, student=(2, 2, 6)),
-    Case(id="masked", n=37, batch=2, student=(2, 2, 6), masks=("holes", "empty")),
-    Case(id="prefix", n=37, batch=2, causal=True, prefix=(9, 30), masks=("left", "full"), relations=("qk", "kk")),
+    Case(id="masked", n=37, batch=2, teacher=(1, 1, 8), student=(1, 1, 6), masks=("holes", "empty")),
+    Case(
+        id="prefix", n=37, batch=2, teacher=(1, 1, 8), student=(1, 1, 8), causal=True, prefix=(9, 30),
+        masks=("left", "full"), relations=("qk", "kk"),
+    ),
     Case(id="packed", n=37, packed=(0, 10, 10, 33), causal=True),
     Case(id="re-split", n=19, teacher=(4, 2, 12), student=(4, 4, 6), relation_heads=8, layout="tokens first"),
     Case(id="bf16", n=37, dtypes=(BF16, BF16), reduction="token"),
     Case(id="shared sides", n=19, relations=("qk", "qv", "kk", "qq")),
-]
+]  # fmt: skip
 # The compiler's own use, once a process.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -98,7 +101,8 @@ def test_compiles_once_for_all_lengths(fused: str, device: str) -> None:
     """Dynamic shapes: the second length runs in the first one's graph (short ones have another)."""
     function = compiled("aot_eager", dynamic=True)
     for n in (37, 45):
-        case = Case(id=f"dynamic {n}", n=n, batch=2, student=(2, 2, 6), masks=("holes", "right"))
+        heads = {"teacher": (1, 1, 8), "student": (1, 1, 6)}
+        case = Case(id=f"dynamic {n}", n=n, batch=2, **heads, masks=("holes", "right"))
         actual = evaluate_compiled(function, build(case, device), fused)
         torch.testing.assert_close(actual.loss, evaluate(build(case, device), fused).loss, rtol=1e-6, atol=1e-7)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -125,23 +129,26 @@ def test_compiles_without_gradients(implementation: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("name", "wrong"),
     [
-        {"cu_seqlens": (0, 10, 99)},
-        {"cu_seqlens": (-5, 10, 37)},
-        {"cu_seqlens": (20, 10, 90, 30)},
-        {"causal": True, "prefix_lengths": (99,)},
-        {"causal": True, "prefix_lengths": (-9,)},
+        ("cu_seqlens", [(0, 10, 20, 99), (-5, 10, 20, 37), (20, 10, 90, 30)]),
+        ("prefix_lengths", [(99,), (-9,)]),
     ],
-    ids=str,
+    ids=["cu_seqlens", "prefix_lengths"],
 )
-def test_unchecked_values_reach_nothing_outside(values: dict[str, Any], fused: str, device: str) -> None:
+def test_unchecked_values_reach_nothing_outside(
+    name: str, wrong: list[tuple[int, ...]], fused: str, device: str
+) -> None:
     """Compiled, or on CUDA, values are not read beforehand; outside the tensors there is NaN."""
-    inputs = build(Case(id="outside", n=37, relations=("qk", "kk"), layout="amid NaN"), device)
-    inputs.options.update({k: v if k == "causal" else torch.tensor(v, device=device) for k, v in values.items()})
-    outcome = evaluate_compiled(compiled("aot_eager"), inputs, fused)
-    assert outcome.loss.isfinite()
-    assert all(g.isfinite().all() for g in outcome.gradients if g is not None)
+    heads = {"teacher": (1, 1, 8), "student": (1, 1, 8)}
+    inputs = build(Case(id="outside", n=37, **heads, relations=("qk", "kk"), layout="amid NaN"), device)
+    inputs.options["causal"] = name == "prefix_lengths"
+    function = compiled("aot_eager")
+    for values in wrong:
+        inputs.options[name] = torch.tensor(values, device=device)
+        outcome = evaluate_compiled(function, inputs, fused)
+        assert outcome.loss.isfinite(), values
+        assert all(g.isfinite().all() for g in outcome.gradients if g is not None), values
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="inductor needs a C++ compiler")

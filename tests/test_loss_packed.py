@@ -98,12 +98,12 @@ def test_causal_rows_do_not_depend_on_later_tokens(implementation: str, device: 
 
 
 def test_prefix_of_all_is_both_ways_and_of_none_is_causal(implementation: str, device: str) -> None:
-    inputs = build(Case(id="prefix", n=37, batch=2), device)
+    inputs = build(Case(id="prefix", n=37, teacher=(1, 1, 8), student=(1, 1, 8)), device)
     both_ways = evaluate(inputs, implementation)
     inputs.options.update(causal=True)
     causal = evaluate(inputs, implementation)
     for length, expected in ((37, both_ways), (0, causal), (1, causal)):
-        inputs.options["prefix_lengths"] = torch.full((2,), length, device=device)
+        inputs.options["prefix_lengths"] = torch.full((1,), length, device=device)
         assert_same(evaluate(inputs, implementation), expected)
     assert not torch.isclose(causal.loss, both_ways.loss, rtol=1e-2)
 

@@ -18,7 +18,8 @@ SMALL = Case(id="reductions", n=19, batch=4, masks=MASKS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_against_float64(reduction: str, packed: bool, fused: str, device: str) -> None:
     place = {"packed": (0, 7, 7, 30, 33)} if packed else {"batch": 4, "masks": MASKS}
-    check(Case(id="reduced", n=37, reduction=reduction, relations=("qk", "kk"), **place), fused, device)
+    heads = {"teacher": (1, 1, 8), "student": (1, 1, 8)}
+    check(Case(id="reduced", n=37, reduction=reduction, relations=("qk", "kk"), **heads, **place), fused, device)
 
 
 def rows_of(inputs: Inputs, implementation: str) -> Tensor:
@@ -125,7 +126,7 @@ def test_weight_zero_leaves_a_relation_out(implementation: str, device: str) -> 
 
 def test_y_is_x_marks_a_self_relation(implementation: str, device: str) -> None:
     """Also on one side only; the gradient of a tensor that stands on both sides of a relation is the sum of both."""
-    (q_t, k_t, _), (q_s, k_s, _), _ = build(Case(id="marks", n=37), device)
+    (q_t, k_t, _), (q_s, k_s, _), _ = build(Case(id="marks", n=37, teacher=(1, 1, 8), student=(1, 1, 8)), device)
     for x_t, y_t in ((q_t, k_t), (q_t, q_t)):
         for x_s, y_s in ((q_s, k_s), (q_s, q_s)):
             x, y = x_s.clone().requires_grad_(), y_s.clone().requires_grad_()

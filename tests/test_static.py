@@ -1,4 +1,4 @@
-"""The pinned tiles against compiled machine code, with no GPU: no spills, tensor cores, instructions per element.
+"""The pinned tiles against compiled machine code, with no GPU: spills, tensor cores, instructions per element.
 
 Compiled in a process of its own, because under Triton's interpreter kernels cannot be.
 """
@@ -24,13 +24,24 @@ for target, kernel, d_t, d_s, bounded in (line.split() for line in sys.stdin):
 """
 # Instructions and exponentials per element of the unmasked main loop on sm_90 at d_T = 64, d_S = 32.
 LIMITS = {
-    "rows": (17.0, 2.35),
-    "keys": (8.5, 2.0),
-    "self": (12.0, 2.05),
-    "forward": (14.5, 2.1),
-    "resident": (25.0, 2.1),
+    "rows": (17.0, 2.1),
+    "keys": (10.5, 2.0),
+    "self": (15.0, 2.0),
+    "forward": (13.0, 2.0),
+    "resident": (25.5, 2.15),
 }
 KERNELS = tuple(LIMITS)
+# Loads and stores of local memory on sm_90, by kernel and teacher's dimension. Fewer registers than would hold
+# everything let more programs share a multiprocessor: on an H200 that was faster (kernels/README.md). Nothing else may.
+SPILLS = {
+    ("rows", "64"): 48,
+    ("rows", "16"): 16,
+    ("self", "64"): 32,
+    ("self", "16"): 12,
+    ("forward", "64"): 4,
+    ("resident", "64"): 16,
+    ("resident", "16"): 340,
+}
 
 
 def compile_all(variants: list[tuple[str, str, int, int, bool]]) -> list[dict[str, str]]:
@@ -47,41 +58,51 @@ def spilling(rows: list[dict[str, str]]) -> set[tuple[str, str, str]]:
     return {(row["kernel"], row["d_t"], row["bounded"]) for row in rows if int(row["spills"])}
 
 
+def excess(rows: list[dict[str, str]]) -> dict[tuple[str, str], int]:
+    """Spills beyond what is allowed."""
+    spills = {(row["kernel"], row["d_t"]): int(row["spills"]) for row in rows}
+    return {which: count for which, count in spills.items() if count > SPILLS.get(which, 0)}
+
+
 @pytest.fixture(scope="module")
-def hopper() -> list[dict[str, str]]:
-    """Compiled for sm_90 at two pairs of dimensions, without and with a mask."""
-    dimensions = ((64, 32), (16, 8))
-    variants = [("sm_90", kernel, *d, masked) for d in dimensions for masked in (False, True) for kernel in KERNELS]
-    return compile_all(variants)
+def unmasked() -> list[dict[str, str]]:
+    return compile_all([("sm_90", kernel, 64, 32, False) for kernel in LIMITS])
 
 
-@pytest.mark.parametrize("kernel", LIMITS)
-def test_main_loop_stays_within_its_instructions(hopper: list[dict[str, str]], kernel: str) -> None:
-    row = next(row for row in hopper if row["kernel"] == kernel)  # the first are of dimensions 64 and 32, unmasked
-    issue, exponentials = LIMITS[kernel]
-    assert 0 < float(row["issue"]) <= issue
-    assert 1.9 <= float(row["exponentials"]) <= exponentials
+def test_main_loop_stays_within_its_instructions(unmasked: list[dict[str, str]]) -> None:
+    assert [row["tensor_instruction"] for row in unmasked] == ["HGMMA"] * len(LIMITS)
+    assert excess(unmasked) == {}
+    for (kernel, (issue, exponentials)), row in zip(LIMITS.items(), unmasked, strict=True):
+        assert 0 < float(row["issue"]) <= issue, kernel
+        assert 1.9 <= float(row["exponentials"]) <= exponentials, kernel
 
 
-def test_hopper_uses_its_tensor_cores(hopper: list[dict[str, str]]) -> None:
-    assert [row["tensor_instruction"] for row in hopper] == ["HGMMA"] * 4 * len(KERNELS)
+def test_main_loop_loads_ahead_of_use() -> None:
+    """Of heads of 8 dimensions too, whose stride is no multiple of 16: a load into registers waits where it stands."""
+    rows = compile_all([("sm_90", kernel, 16, 8, False) for kernel in LIMITS])
+    assert [(row["kernel"], float(row["loads"])) for row in rows] == [(kernel, 0.0) for kernel in LIMITS]
+    assert excess(rows) == {}
 
 
-def test_hopper_spills_nothing(hopper: list[dict[str, str]]) -> None:
-    assert spilling(hopper) <= {("rows", "64", "True")}  # a few in its masked tail, see kernels/README.md
+# With a mask a kernel holds the most. Ada gets Ampere's tiles and instructions: of it the kernels with most registers.
+MASKED = {
+    "Ampere and Ada": [("sm_80", kernel, 64, 32) for kernel in KERNELS]
+    + [("sm_89", kernel, 64, 32) for kernel in ("rows", "forward")],
+    "Hopper": [("sm_90", kernel, *d) for d in ((64, 32), (16, 8)) for kernel in KERNELS],
+    "Blackwell": [("sm_100", kernel, 64, 32) for kernel in KERNELS],
+}
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_100"])
-def other_chip(request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    return compile_all([(request.param, kernel, 64, 32, True) for kernel in KERNELS])
-
-
-def test_other_chips_use_their_tensor_cores(other_chip: list[dict[str, str]]) -> None:
-    assert all(row["tensor_instruction"] for row in other_chip)
-
-
-def test_other_chips_spill_nothing(other_chip: list[dict[str, str]]) -> None:
-    assert spilling(other_chip) == set()
+@pytest.mark.parametrize("chips", MASKED)
+def test_masked_kernels_use_tensor_cores_and_spill_nothing(chips: str) -> None:
+    rows = compile_all([(*variant, True) for variant in MASKED[chips]])
+    assert [row["kernel"] for row in rows] == [kernel for _, kernel, *_ in MASKED[chips]]
+    if chips == "Hopper":
+        assert {row["tensor_instruction"] for row in rows} == {"HGMMA"}
+        assert excess(rows) == {}
+    else:
+        assert all(row["tensor_instruction"] for row in rows)
+        assert spilling(rows) == set()
 
 
 def test_amd_compiles() -> None:

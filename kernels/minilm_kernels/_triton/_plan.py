@@ -86,9 +86,9 @@ class Tiles(NamedTuple):
 
 
 # For 16-bit tensors, by compute capability, kernel, and the largest dimension that the tiles serve: the student's,
-# which the accumulators have; a teacher's of up to 64 fits beside it. Those of 90 up to 64 dimensions are the fastest of
-# bench/tile_bench.py on an H200; the others are chosen from compiled code, for no spills and the fewest instructions per
-# element (bench/static_report.py).
+# which the accumulators have; a teacher's of up to 64 fits beside it. Those of 90 up to 64 dimensions are the fastest
+# of bench/tile_bench.py on an H200; the others are chosen from compiled code, for no spills and the fewest instructions
+# per element (bench/static_report.py).
 _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     80: {
         "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
