@@ -15,7 +15,10 @@ from minilm import MiniLMLoss
 from minilm_kernels import fused_minilm_loss
 
 # dynamo instantiates the Function that it traces
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 
 BF16 = torch.bfloat16
 CASES = [
@@ -30,8 +33,6 @@ CASES = [
     Case(id="bf16", n=37, dtypes=(BF16, BF16), reduction="token"),
     Case(id="shared sides", n=19, relations=("qk", "qv", "kk", "qq")),
 ]  # fmt: skip
-# The compiler's own use, once a process.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
