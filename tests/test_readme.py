@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, and its file tree names every module."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -50,3 +51,23 @@ def test_no_section_stands_twice() -> None:
     for readme in (README, (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")):
         headings = re.findall(r"^#+ .*$", readme, flags=re.MULTILINE)
         assert len(headings) == len(set(headings)) > 3
+
+
+def test_figures_of_the_h200_are_those_that_were_measured() -> None:
+    with (ROOT / "bench" / "results" / "loss_bench_h200.csv").open(newline="") as file:
+        rows = {
+            (row["case"], int(row["N"]), row["provider"]): row for row in csv.DictReader(file) if row["mode"] == "both"
+        }
+
+    def cell(key: tuple[str, int, str], column: str, form: str) -> str:
+        value = rows.get(key, {}).get(column)
+        return format(float(value), form) if value else "–"
+
+    lines = []
+    for case, name in (("v1-384", "v1"), ("v2-48", "v2, 48 heads")):
+        for n in (128, 512, 2048, 8192):
+            times = [cell((case, n, provider), "ms_p50", ".2f") for provider in ("fused", "compile", "flash", "eager")]
+            memory = [cell((case, n, provider), "peak_mib", ",.0f") for provider in ("fused", "eager")]
+            floor = cell((case, n, "fused"), "pct_of_floor", ".0f") + " %"
+            lines.append(f"| {' | '.join([name, format(n, ','), *times, floor, *memory])} |")
+    assert re.findall(r"<!-- h200 -->\n(.*?)\n<!-- end of h200 -->", README, re.S) == ["\n".join(lines)]
