@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.embeddings import MEAN, pool
+from minilm.models.embeddings import MEAN, pool
 
 BATCH, MAX_LENGTH = 64, 128
 

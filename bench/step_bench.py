@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from minilm import fused_minilm_loss
-from minilm._capture import attention_qkv
-from minilm.students import build_student, freeze_unused
+from minilm.models.capture import attention_qkv
+from minilm.models.students import build_student, freeze_unused
 
 OBJECTIVES: dict[str, tuple[tuple[str, ...], int | None]] = {"v1": (V1, None), "v2-48": (V2, 48)}
 PROVIDERS = ("fused", "eager", "compile")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from minilm import MiniLMLoss, build_student, capture
-from minilm.students import freeze_unused
+from minilm.models.students import freeze_unused
 
 BASE = BertConfig()
 LARGE = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)

@@ -7,22 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilm._capture import attention_qkv, capture
-    from minilm.loss import MiniLMLoss
-    from minilm.students import build_student
-    from minilm.trainer import DistillationModel, DistillationTrainer
+    from minilm.models.capture import attention_qkv, capture
+    from minilm.models.students import build_student
+    from minilm.objectives.loss import MiniLMLoss
+    from minilm.training.trainer import DistillationModel, DistillationTrainer
     from minilm_kernels import fused_minilm_loss, relation_kl
 
 # No name here may be a module's: importing the module would put it in the name's place.
 _HOMES = {
-    "MiniLMLoss": "minilm.loss",
+    "MiniLMLoss": "minilm.objectives.loss",
     "fused_minilm_loss": "minilm_kernels",
     "relation_kl": "minilm_kernels",
-    "attention_qkv": "minilm._capture",
-    "capture": "minilm._capture",
-    "build_student": "minilm.students",
-    "DistillationModel": "minilm.trainer",
-    "DistillationTrainer": "minilm.trainer",
+    "attention_qkv": "minilm.models.capture",
+    "capture": "minilm.models.capture",
+    "build_student": "minilm.models.students",
+    "DistillationModel": "minilm.training.trainer",
+    "DistillationTrainer": "minilm.training.trainer",
 }
 
 __all__ = [

@@ -1,11 +1,13 @@
-"""Errors of other libraries, told in one sentence."""
+"""Errors that end a run, and those of other libraries told in one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from minilm.finite import NonFiniteError
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient or a weight is NaN or infinite: one sentence on what, at which step, and what was kept."""
 
 
 class TrialError(ValueError):

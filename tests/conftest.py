@@ -91,7 +91,7 @@ def command(
     from minilm.cli import main
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("minilm.distill.SPEED_SECONDS", 0.02)
+    monkeypatch.setattr("minilm.cli.distill.SPEED_SECONDS", 0.02)
     monkeypatch.chdir(tmp_path)
     datasets.disable_progress_bars()
 

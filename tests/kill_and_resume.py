@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from minilm import distill
-from minilm.cli import main
+from minilm.cli import distill, main
 
 MOMENTS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_step_end")
 COMMON = [

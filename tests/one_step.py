@@ -16,8 +16,8 @@ from tiny_text import tiny_tokenizer
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
 from minilm import MiniLMLoss
-from minilm.students import build_student
-from minilm.trainer import DistillationTrainer
+from minilm.models.students import build_student
+from minilm.training.trainer import DistillationTrainer
 
 LENGTHS = (5, 9, 2, 7, 12, 3, 6)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

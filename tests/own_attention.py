@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minilm._capture import capture, num_layers
+from minilm.models.capture import capture, num_layers
 
 
 def own_attention_matches(model: PreTrainedModel, inputs: Mapping[str, Tensor], tolerance: float = 1e-5) -> bool:

@@ -10,7 +10,7 @@ from tiny_text import lines, tiny_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minilm.agreement import Agreement
+from minilm.models.agreement import Agreement
 
 COUNT = 24
 

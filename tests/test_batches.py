@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from minilm import MiniLMLoss, attention_qkv, fused_minilm_loss
-from minilm.batches import (
+from minilm.data.packing import PackingCollator
+from minilm.models.batches import (
     as_packed,
     by_token,
     check_packable,
@@ -23,9 +24,8 @@ from minilm.batches import (
     relation_qkv,
     token_mask,
 )
-from minilm.objectives import is_causal
-from minilm.packing import PackingCollator
-from minilm.students import build_student
+from minilm.models.probes import is_causal
+from minilm.models.students import build_student
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra", "modernbert", "llama", "qwen3", "gpt2", "embeddinggemma"]
 ROWS = [(5, 20, 7), (14,), (3, 16, 9)]  # lengths; some are longer than ModernBERT's window of 8
@@ -130,7 +130,7 @@ def test_one_layer_that_mixes_only_behind_its_projections_is_refused() -> None:
 
 def test_windows_wider_than_the_trial_are_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma's, both ways, does not take in a token just as far away, as ModernBERT's does."""
-    monkeypatch.setattr("minilm.batches._window_is_inclusive", {})
+    monkeypatch.setattr("minilm.models.batches._window_is_inclusive", {})
     model = tiny_model("embeddinggemma", sliding_window=24)
     assert model.config.sliding_window == 13  # half of it to either side
     check_packable(model)

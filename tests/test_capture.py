@@ -16,9 +16,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minilm import fused_minilm_loss
-from minilm._capture import QKV, attention_qkv, capture, num_layers, resolve_layer
-from minilm.outputs import forward_with_output
-from minilm.students import freeze_unused
+from minilm.models.capture import QKV, attention_qkv, capture, num_layers, resolve_layer
+from minilm.models.heads import forward_with_output
+from minilm.models.students import freeze_unused
 
 # The modules whose outputs become q, k and v, and whether rotary position follows.
 PROJECTIONS = {

@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from minilm import checkpoints
-from minilm.checkpoints import CheckpointError, CheckpointingTrainer
-from minilm.folders import ASIDE, open_aside
-from minilm.runs import MANIFEST, check_same_run, checkpoints_of, find_fault, newest_intact, starting_point
+from minilm.training import checkpoints
+from minilm.training.checkpoints import CheckpointError, CheckpointingTrainer
+from minilm.training.folders import ASIDE, open_aside
+from minilm.training.runs import MANIFEST, check_same_run, checkpoints_of, find_fault, newest_intact, starting_point
 
 STEPS = 8
 DEFAULTS = {

@@ -12,8 +12,8 @@ from conftest import CommandLine
 from tiny_text import save_teacher, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
 
-from minilm.runs import starting_point
-from minilm.trainer import DistillationTrainer
+from minilm.training.runs import starting_point
+from minilm.training.trainer import DistillationTrainer
 
 FEW = ["--per_device_train_batch_size", "4", "--max_length", "12", "--logging_steps", "2", "--disable_tqdm", "true"]
 SLICE = ["--student_init", "slice"]
@@ -337,7 +337,7 @@ def test_the_module_is_light_and_missing_packages_are_one_line(tmp_path: Path) -
         "import minilm.cli\n"
         "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "found = util.find_spec\n"
-        "minilm.cli.find_spec = lambda name: None if name == 'datasets' else found(name)\n"
+        "minilm.cli.train.find_spec = lambda name: None if name == 'datasets' else found(name)\n"
         "sys.exit(minilm.cli.main([]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)

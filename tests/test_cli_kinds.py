@@ -21,7 +21,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from minilm.trainer import DistillationTrainer
+from minilm.training.trainer import DistillationTrainer
 
 STEPS = [
     *("--student_num_layers", "2", "--max_steps", "6", "--per_device_train_batch_size", "4", "--logging_steps", "2"),

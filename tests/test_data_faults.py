@@ -13,7 +13,7 @@ from conftest import CommandLine
 from tiny_text import lines, write_lines
 from transformers import TrainerCallback
 
-from minilm.trainer import DistillationTrainer
+from minilm.training.trainer import DistillationTrainer
 
 RUN = [
     *("--student_num_layers", "2", "--max_length", "12", "--per_device_train_batch_size", "4", "--use_cpu"),

@@ -9,8 +9,7 @@ import torch
 from test_readme import EXAMPLES
 from transformers import AutoModel, AutoTokenizer
 
-from minilm import demo
-from minilm.cli import main
+from minilm.cli import demo, main
 
 SHORT = ["--max_steps", "3", "--per_device_train_batch_size", "4", "--max_length", "16", "--disable_tqdm", "true"]
 
@@ -69,8 +68,8 @@ def test_a_short_demonstration_leaves_a_student_and_is_not_run_twice(
     texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minilm.distill.SPEED_SECONDS", 0.1)
-    monkeypatch.setattr("minilm.inputs.docstrings", lambda: texts[:200])
+    monkeypatch.setattr("minilm.cli.distill.SPEED_SECONDS", 0.1)
+    monkeypatch.setattr("minilm.cli.inputs.docstrings", lambda: texts[:200])
     assert main(SHORT) == 0
     out = capsys.readouterr().out
     assert "this is the demonstration" in out

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
-from minilm.demo import teacher_folder
-from minilm.embeddings import POOLINGS, pool, sentence_files
+from minilm.cli.demo import teacher_folder
+from minilm.models.embeddings import POOLINGS, pool, sentence_files
 
 MASKS = {"right": [[1, 1, 1, 1], [1, 1, 0, 0]], "left": [[1, 1, 1, 1], [0, 0, 1, 1]]}
 TEXTS = ["A sentence.", "And another, rather longer one, with more words in it.", "x"]

@@ -20,10 +20,9 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 
 from minilm import DistillationTrainer, MiniLMLoss, attention_qkv, build_student
-from minilm.batches import check_packable, model_inputs, relation_qkv
-from minilm.objectives import is_causal
-from minilm.packing import PackingCollator
-from minilm.probes import check_no_films, probe_inputs
+from minilm.data.packing import PackingCollator
+from minilm.models.batches import check_packable, model_inputs, relation_qkv
+from minilm.models.probes import check_no_films, is_causal, probe_inputs
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- families -->", "<!-- end -->"

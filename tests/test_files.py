@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from minilm.files import choose_files
+from minilm.data.files import choose_files
 
 CASES = {
     "a licence is no text": (["corpus.csv"], ["LICENSE.txt"]),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from minilm import fingerprints
-from minilm.fingerprints import fingerprint_files, fingerprint_texts
+from minilm.data import fingerprints
+from minilm.data.fingerprints import fingerprint_files, fingerprint_texts
 
 
 def test_content_and_order_count_names_places_and_times_do_not(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minilm.finite import NEVER, FiniteWatch, all_finite, without_nan
+from minilm.training.finite import NEVER, FiniteWatch, all_finite, without_nan
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ import torch
 from conftest import CommandLine
 from transformers import AutoModel
 
-from minilm import distill
-from minilm.folders import ASIDE, STUDENT, OccupiedError, claimed, close_aside, open_aside
-from minilm.runs import find_fault
-from minilm.trainer import DistillationTrainer
+from minilm.cli import distill
+from minilm.training.folders import ASIDE, STUDENT, OccupiedError, claimed, close_aside, open_aside
+from minilm.training.runs import find_fault
+from minilm.training.trainer import DistillationTrainer
 
 SMALL = [
     *("--student_num_layers", "2", "--max_length", "24", "--max_steps", "4", "--per_device_train_batch_size", "4"),
@@ -192,9 +192,9 @@ def test_a_full_disk_at_the_end_leaves_no_half_student(
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("minilm.report.plot_curves", RuntimeError("no fonts")),
-        ("minilm.distill.measure_speed", IndexError("list index out of range")),
-        ("minilm.report.model_card", FULL),
+        ("minilm.cli.report.plot_curves", RuntimeError("no fonts")),
+        ("minilm.cli.distill.measure_speed", IndexError("list index out of range")),
+        ("minilm.cli.report.model_card", FULL),
     ],
 )
 def test_what_goes_wrong_after_training_does_not_cost_the_student(
@@ -244,7 +244,7 @@ def test_a_kill_while_the_student_comes_to_its_place_costs_nothing(
 
 
 def test_a_claimed_folder_is_refused_and_a_kill_gives_it_back(command: CommandLine, flags: list[str]) -> None:
-    script = "import os, sys; from pathlib import Path; from minilm.folders import claimed\n"
+    script = "import os, sys; from pathlib import Path; from minilm.training.folders import claimed\n"
     script += "with claimed(Path('out')):\n    if os.fork() == 0: print('', flush=True)\n    sys.stdin.read(1)\n"
     # Its forked child, as a data loader's worker, lives on after the kill.
     holder = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -67,7 +67,7 @@ def test_is_typed(package: str) -> None:
     assert (files(package) / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("module", ["minilm_kernels._reference", "minilm_kernels._loss", "minilm.loss"])
+@pytest.mark.parametrize("module", ["minilm_kernels._reference", "minilm_kernels._loss", "minilm.objectives.loss"])
 def test_doctests(module: str) -> None:
     result = doctest.testmod(import_module(module))
     assert result.attempted > 0

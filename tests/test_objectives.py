@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_models import tiny_encoder, tiny_model
 
-from minilm import objectives
-from minilm.objectives import QKV, build_objective, is_causal
+from minilm.models.probes import is_causal
+from minilm.objectives import objectives
+from minilm.objectives.objectives import QKV, build_objective
 
 
 def qkv(heads: int, dim: int, key_heads: int | None = None) -> QKV:

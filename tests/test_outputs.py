@@ -14,8 +14,10 @@ from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from minilm import attention_qkv, outputs
-from minilm.outputs import ExampleOutput, TokenOutput, check_output, forward_with_output, output_loss, soft_label_kl
+from minilm import attention_qkv
+from minilm.models.heads import ExampleOutput, TokenOutput, check_output, forward_with_output
+from minilm.objectives import outputs
+from minilm.objectives.outputs import output_loss, soft_label_kl
 
 VOCABULARY_HEADS = [
     ("bert", "ForMaskedLM"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from minilm.packing import OPEN_ROWS, Packer, PackingCollator, Row, block_diagonal_mask, pack, row_features
+from minilm.data.packing import OPEN_ROWS, Packer, PackingCollator, Row, pack, row_features
+from minilm.models.batches import block_diagonal_mask
 
 LENGTH = 32
 

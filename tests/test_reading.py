@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minilm.reading import DataError, kind_of, read_rows
+from minilm.data.reading import DataError, kind_of, read_rows
 
 TEXTS = ["one", "", "two\u00e9, with a comma", 'and "quotes"', "five"]
 RECORDS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from minilm.arguments import Arguments, parse
-from minilm.recipes import FOLDER, expand, listing, names
+from minilm.cli.arguments import Arguments, parse
+from minilm.cli.recipes import FOLDER, expand, listing, names
 
 
 @pytest.fixture(autouse=True)

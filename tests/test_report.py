@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minilm.report import model_card, overview, plot_curves, report_markdown, write_report
-from minilm.speed import measure_speed
+from minilm.cli.report import model_card, overview, plot_curves, report_markdown, write_report
+from minilm.models.speed import measure_speed
 
 PARAMETERS = {
     "teacher": {"embedding": 23_837_184, "transformer": 85_054_464, "total": 108_891_648},
@@ -160,7 +160,7 @@ def test_the_curves_of_a_run_too_short_to_log_have_no_training_line() -> None:
 def test_metrics_are_written_last_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where metrics.json stands, the run counts as finished."""
     with monkeypatch.context() as patch:
-        patch.setattr("minilm.report.model_card", lambda *_: 1 / 0)
+        patch.setattr("minilm.cli.report.model_card", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_report(tmp_path, METRICS, HISTORY)
     assert not (tmp_path / "metrics.json").exists()
@@ -191,7 +191,7 @@ class Counting(nn.Module):
 
 def test_speed_counts_sequences_and_their_tokens_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("minilm.speed.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("minilm.models.speed.time.perf_counter", lambda: clock[0])
     model = Counting(clock)
     batches = [{"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}, {"attention_mask": torch.ones(4, 5)}]
     assert measure_speed(model, batches, 3.0) == {"sequences_per_second": 8 / 3, "tokens_per_second": 28 / 3}

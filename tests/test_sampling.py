@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minilm.sampling import EpochSampler
+from minilm.data.sampling import EpochSampler
 
 SIZE, BATCH = 1003, 8  # the last batch has 3
 LENGTHS = [random.Random(index).randint(3, 200) for index in range(SIZE)]

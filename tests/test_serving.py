@@ -11,7 +11,7 @@ from conftest import CommandLine
 from tiny_text import write_lines
 from transformers import AutoModel, AutoTokenizer
 
-from minilm.embeddings import pool
+from minilm.models.embeddings import pool
 
 FLAGS = ["--student_num_layers", "2", "--max_steps", "3", "--max_length", "16", "--disable_tqdm", "true"]
 ST = "sentence_transformers.models."

@@ -10,9 +10,9 @@ import torch
 from conftest import CommandLine
 from transformers import AutoModel
 
-from minilm.arguments import parse
-from minilm.runs import OccupiedError
-from minilm.stages import stages
+from minilm.cli.arguments import parse
+from minilm.cli.stages import stages
+from minilm.training.runs import OccupiedError
 
 RUN = [
     *("--student_num_layers", "2", "--student_hidden_size", "16"),

@@ -16,8 +16,8 @@ import pytest
 import torch
 from tiny_text import tiny_tokenizer
 
-from minilm.reading import DataError
-from minilm.streams import TextStream
+from minilm.data.reading import DataError
+from minilm.data.streams import TextStream
 
 Batch = dict[str, Any]
 
@@ -287,7 +287,7 @@ def test_the_global_generator_is_left_alone(tmp_path: Path, num_workers: int) ->
 def test_the_loader_must_be_the_streams_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = stream(write(tmp_path / "a", 30))
     # As in a worker; a real one that raises is waited for five seconds.
-    monkeypatch.setattr("minilm.streams.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
+    monkeypatch.setattr("minilm.data.streams.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
     with pytest.raises(ValueError, match="the loader has 2 workers, the stream was made for 0"):
         next(iter(texts))
 

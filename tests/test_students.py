@@ -11,8 +11,8 @@ from tiny_text import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
-from minilm._capture import attention_qkv
-from minilm.students import build_student, count_parameters, freeze_unused
+from minilm.models.capture import attention_qkv
+from minilm.models.students import build_student, count_parameters, freeze_unused
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra", "albert", "modernbert", "llama", "qwen3", "gpt2", "t5", "vit"]
 LAYERED = [family for family in FAMILIES if family != "albert"]  # whose layers share their weights

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from minilm import attention_qkv
-from minilm.teachers import load_teacher, read_teacher, resolve_length
+from minilm.models.teachers import load_teacher, read_teacher, resolve_length
 
 HEADS = [
     ("bert", "ForMaskedLM"),

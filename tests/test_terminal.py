@@ -12,7 +12,7 @@ from typing import TextIO
 import pytest
 from conftest import CommandLine
 
-from minilm.terminal import Terminated, patient_streams, sigterm_raises
+from minilm.cli.terminal import Terminated, patient_streams, sigterm_raises
 
 SMALL = [
     *("--student_num_layers", "2", "--max_steps", "4", "--per_device_train_batch_size", "4", "--max_length", "12"),
@@ -41,7 +41,7 @@ def test_a_run_whose_output_nobody_reads_saves_its_student(
 
 def test_what_was_not_written_makes_no_error_at_the_end_either() -> None:
     """The interpreter flushes what its streams hold when it ends, and exits with 120 if it cannot."""
-    code = "from minilm.terminal import patient_streams\nwith patient_streams():\n    print('a line')"
+    code = "from minilm.cli.terminal import patient_streams\nwith patient_streams():\n    print('a line')"
     reader, writer = os.pipe()
     os.close(reader)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -71,7 +71,7 @@ def test_sigterm_is_an_exception_only_meanwhile() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", ["minilm.arguments.parse", "minilm.distill.load_inputs"])
+@pytest.mark.parametrize("moment", ["minilm.cli.arguments.parse", "minilm.cli.distill.load_inputs"])
 def test_a_signal_before_training_is_one_line(
     command: CommandLine,
     teacher: str,

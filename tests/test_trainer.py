@@ -19,9 +19,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainerCallb
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from minilm import MiniLMLoss, fused_minilm_loss
-from minilm._capture import attention_qkv
-from minilm.students import build_student, freeze_unused
-from minilm.trainer import DistillationModel, check_arguments
+from minilm.models.capture import attention_qkv
+from minilm.models.students import build_student, freeze_unused
+from minilm.training.trainer import DistillationModel, check_arguments
 
 SMALL_BATCH = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}
 # Renamed within transformers 5; the old name warns where there is the new one.

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
 from minilm import MiniLMLoss
-from minilm.students import build_student
-from minilm.trainer import DistillationTrainer
+from minilm.models.students import build_student
+from minilm.training.trainer import DistillationTrainer
 
 CAUSAL = {"llama": True, "gpt2": True, "bert": False}
 

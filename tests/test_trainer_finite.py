@@ -10,8 +10,9 @@ from conftest import CommandLine
 from one_step import sequences, trainer
 from transformers import AutoModel, TrainerCallback
 
-from minilm.finite import FiniteWatch, NonFiniteError
-from minilm.trainer import DistillationTrainer
+from minilm.errors import NonFiniteError
+from minilm.training.finite import FiniteWatch
+from minilm.training.trainer import DistillationTrainer
 
 NAN, INFINITY = float("nan"), float("inf")
 STEPS = {"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 1e-3, "logging_steps": 3}

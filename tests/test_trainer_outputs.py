@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
 from minilm import MiniLMLoss, attention_qkv, fused_minilm_loss
-from minilm.batches import model_inputs
-from minilm.objectives import is_causal
-from minilm.packing import PackingCollator, pack
-from minilm.students import build_student
-from minilm.trainer import DistillationModel, DistillationTrainer
+from minilm.data.packing import PackingCollator, pack
+from minilm.models.batches import model_inputs
+from minilm.models.probes import is_causal
+from minilm.models.students import build_student
+from minilm.training.trainer import DistillationModel, DistillationTrainer
 
 T = 2.0
 

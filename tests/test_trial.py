@@ -11,9 +11,8 @@ from conftest import CommandLine
 from one_step import sequences, trainer
 from torch import nn
 
-from minilm.errors import TrialError
-from minilm.finite import NonFiniteError
-from minilm.trial import try_out
+from minilm.cli.trial import try_out
+from minilm.errors import NonFiniteError, TrialError
 
 SMALL = [
     *("--student_num_layers", "2", "--max_steps", "4", "--per_device_train_batch_size", "4", "--max_length", "12"),

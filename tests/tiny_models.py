@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minilm.probes import probe_inputs
+from minilm.models.probes import probe_inputs
 
 VOCABULARY = 60
 _NAMED = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 128}

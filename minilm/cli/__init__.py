@@ -1,0 +1,3 @@
+"""The command line: `minilm-train`, and `python -m minilm.cli` for launchers."""
+
+from minilm.cli.train import main as main

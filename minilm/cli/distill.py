@@ -1,0 +1,367 @@
+"""One run of `minilm-train`, from its arguments to its report."""
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from minilm.cli.arguments import Arguments
+from minilm.cli.demo import TEACHER_NAME, teacher_folder
+from minilm.cli.identity import run_identity, sizes
+from minilm.cli.inputs import load_inputs
+from minilm.cli.rehearsal import rehearsal_arguments, rehearse
+from minilm.cli.report import Metrics, overview, publish_report
+from minilm.cli.trial import try_out
+from minilm.data.streams import TextStream
+from minilm.errors import reason, tried
+from minilm.models.agreement import FEWEST_TEXTS, Agreement
+from minilm.models.batches import check_packable
+from minilm.models.capture import QKV, attention_qkv, num_layers
+from minilm.models.embeddings import MEAN, SentenceFiles, sentence_files
+from minilm.models.heads import check_output, has_vocabulary_head
+from minilm.models.probes import base_of, check_no_films, is_causal, model_tried, probe_inputs
+from minilm.models.speed import measure_speed
+from minilm.models.students import build_student, count_parameters, ends_as_teacher
+from minilm.models.teachers import auto_class, quiet, read_teacher
+from minilm.objectives.loss import MiniLMLoss
+from minilm.objectives.objectives import build_objective, parse_relations
+from minilm.training.checkpoints import CheckpointError
+from minilm.training.folders import claimed
+from minilm.training.runs import METRICS, check_resume, check_same_run, starting_point
+from minilm.training.trainer import DistillationTrainer, check_arguments
+
+SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
+CHECKPOINTED = ("config.json",)  # beside what every checkpoint has
+
+
+@dataclass
+class Run:
+    """Everything checked and built; nothing trained yet."""
+
+    trainer: DistillationTrainer
+    checkpoint: Path | None  # to continue from
+    metrics: Metrics  # what is known before training
+    sentences: SentenceFiles | None  # of the teacher
+    claims: ExitStack = field(default_factory=ExitStack)  # on the output folders, given back when it is trained
+
+
+def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
+    """Loads and builds all that a run needs, so that mistakes show before work starts.
+
+    Args:
+        following: the run after this one, whose teacher this one's student will be; its sizes are tried too.
+
+    Raises:
+        ValueError: one sentence on what the arguments ask for and cannot have.
+        OccupiedError: the output folder holds another run, or something that this one would overwrite; another process
+            writes into it; nobody can.
+        ModuleNotFoundError, FileNotFoundError: the demonstration's teacher or text is not installed.
+    """
+    with ExitStack() as claims:
+        for stage in (following, arguments):
+            if stage is not None and stage.training.process_index == 0:
+                claims.enter_context(claimed(Path(str(stage.training.output_dir))))
+        run = _prepare(arguments, following)
+        run.claims = claims.pop_all()
+    return run
+
+
+def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
+    model, objective, training = arguments.model, arguments.objective, arguments.training
+    output = Path(str(training.output_dir))
+    checkpoint = starting_point(output, training.resume_from_checkpoint, CHECKPOINTED)
+
+    if following is not None:
+        starting_point(
+            Path(str(following.training.output_dir)), following.training.resume_from_checkpoint, CHECKPOINTED
+        )
+    check_arguments(training)
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
+    with_output = objective.output_weight > 0
+    name = model.teacher or str(teacher_folder())
+    teacher, processor, saved_processor = read_teacher(name, head=with_output)
+    sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
+    with tried("cannot build the student", keep_value_errors=True):
+        student, criterion = _student_and_objective(arguments, teacher)
+    if following is not None:
+        with tried("cannot build the student", keep_value_errors=True):
+            _student_and_objective(following, student)
+    if arguments.data.packing:
+        check_packable(teacher)
+        check_packable(student)
+        if with_output and not has_vocabulary_head(teacher):
+            raise ValueError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
+    with training.main_process_first(desc="reading the data"):
+        inputs = load_inputs(arguments, teacher, processor)
+    identity = run_identity(arguments, criterion, teacher, student, inputs.fingerprint)
+    if checkpoint:
+        check_same_run(checkpoint, identity)
+        check_resume(checkpoint, training)
+
+    _check_a_batch(training, inputs.train, inputs.heldout)
+    training.eval_on_start = True  # the untrained student's losses, for the report
+    training.dataloader_pin_memory &= training.device.type != "cpu"  # where it does nothing but warn
+    if teacher.main_input_name == "pixel_values":
+        training.remove_unused_columns = False  # pixels are made of the column "image" when it is read
+        _do_not_group(training)  # images have one size
+    if isinstance(inputs.train, TextStream):
+        training.ignore_data_skip = True  # the stream goes on by itself from where it was
+        _do_not_group(training)
+    with tried("cannot build the trainer", keep_value_errors=True):
+        trainer = DistillationTrainer(
+            teacher=teacher,
+            student=student,
+            criterion=criterion,
+            args=training,
+            teacher_layer=model.teacher_layer,
+            output_weight=objective.output_weight,
+            output_temperature=objective.output_temperature,
+            greater_is_better=bool(training.greater_is_better),
+            train_dataset=inputs.train,
+            eval_dataset=inputs.heldout,
+            processing_class=saved_processor,
+            data_collator=inputs.collator,
+        )
+    try_out(trainer)
+    metrics = {
+        "objective": objective.objective,
+        "relations": criterion.relations,
+        "relation_heads": criterion.relation_heads,
+        "output_weight": objective.output_weight,
+        "auto_class": auto_class(student).__name__,
+        "serves": with_output or _serves(name, trainer),
+        "pooling": list(sentences.pooling if sentences else MEAN),
+        "sentence_files": sentences is not None and _same_width(teacher, student),
+        "is_assistants": arguments.is_assistants,
+        "processor": "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "image processor",
+        "teacher_layer": trainer.teacher_layer,
+        "teacher": {"name": model.teacher or TEACHER_NAME, **sizes(teacher)},
+        "student": {"name": training.output_dir, **sizes(student)},
+        "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
+        "data": inputs.description
+        | {
+            "sequences_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        },
+        "steps_before_resuming": _step(checkpoint) if checkpoint else 0,
+        "device": torch.cuda.get_device_name(training.device)
+        if training.device.type == "cuda"
+        else training.device.type,
+        "arguments": _as_dict(arguments),
+    }
+    trainer.run_identity = identity
+    if checkpoint:
+        trainer.load_rank_state(checkpoint)  # here, where what does not fit is told before any work
+    return Run(trainer, checkpoint, metrics, sentences)
+
+
+def train(run: Run) -> str | None:
+    """Trains, saves the student and writes the report; returns it on the process that wrote it, None on the others.
+
+    Stopped by a signal (`run.trainer.stopped_by`), it writes nothing but the checkpoint.
+    """
+    with run.claims:
+        return _train(run)
+
+
+def _train(run: Run) -> str | None:
+    trainer, args = run.trainer, run.trainer.args
+    agreement = _agreement(trainer, run.metrics["pooling"]) if args.should_save else None
+    untrained = agreement.similarities(base_of(trainer.student)) if agreement else None
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    if trainer.stopped_by is not None:
+        trainer.end()
+        return None
+    seconds = time.perf_counter() - start
+    sentences = run.sentences if run.metrics["sentence_files"] else None
+    trainer.save_student(sentences.copy_to if sentences else lambda folder: None)
+    if args.load_best_model_at_end or _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    batches = list(itertools.islice(trainer.get_eval_dataloader(), SPEED_BATCHES))
+    report = None
+    if args.should_save:
+        with _report_errors(Path(str(args.output_dir))):
+            report = _report(run, agreement, untrained, batches, seconds)
+    trainer.accelerator.wait_for_everyone()  # the next run's teacher may be what was written
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return report
+
+
+@contextmanager
+def _report_errors(output: Path) -> Iterator[None]:
+    """What goes wrong once the student is in its place is told with where it is."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"the student is saved in {output}, but not its report: {reason(error)}") from error
+
+
+def _report(run: Run, agreement: Agreement | None, untrained: Any, batches: list[Any], seconds: float) -> str:
+    """Measures, writes the report and returns it."""
+    trainer, args = run.trainer, run.trainer.args
+    output = Path(str(args.output_dir))
+    first, last = _evaluations(trainer)[0], _evaluations(trainer)[-1]
+    # As it was saved, which also shows that it loads; under FSDP the one in memory lies in pieces.
+    with quiet():  # about a head, which the speeds leave out
+        student = AutoModel.from_pretrained(str(output), dtype=trainer.teacher.dtype).to(args.device)
+    metrics = run.metrics | {
+        "heldout": {part: {"start": first[f"eval_{part}"], "end": last[f"eval_{part}"]} for part in trainer.parts},
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "speeds": {
+            "teacher": measure_speed(base_of(trainer.teacher), batches, SPEED_SECONDS),
+            "student": measure_speed(student, batches, SPEED_SECONDS),
+        },
+        "training": _pace(trainer),
+        "speed_batch": args.per_device_eval_batch_size,
+    }
+    metrics["agreement"] = None
+    if agreement and untrained is not None:
+        trained = agreement.similarities(student)
+        metrics["agreement"] = {
+            "texts": len(agreement.rows),
+            "neighbours": agreement.neighbours,
+            "start": agreement.measure(untrained),
+            "end": agreement.measure(trained),
+            "examples": agreement.examples(trained, cast(PreTrainedTokenizerBase, trainer.processing_class)),
+        }
+    return publish_report(output, metrics, trainer.state.log_history)
+
+
+def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
+    """Builds everything as `prepare` does, takes three steps in a folder that is removed, and tells what they cost."""
+    starting_point(Path(str(arguments.training.output_dir)), arguments.training.resume_from_checkpoint)
+    check_arguments(arguments.training)  # with the strategies that the rehearsal's have not
+    with tempfile.TemporaryDirectory() as folder:
+        training = rehearsal_arguments(arguments.training, folder)
+        run = prepare(replace(arguments, training=training), following)
+        with run.claims:
+            training.eval_on_start = False
+            run.metrics["student"]["name"] = arguments.training.output_dir
+            return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
+
+
+def _check_a_batch(training: TrainingArguments, train: Any, heldout: Any) -> None:
+    """Raises `ValueError` where all sequences together are dropped as an incomplete batch."""
+    if not training.dataloader_drop_last:
+        return
+    batch = training.train_batch_size * training.world_size
+    if not isinstance(train, TextStream) and len(train) < batch:
+        raise ValueError(f"dataloader_drop_last drops all {len(train)} sequences: they make no batch of {batch}")
+    batch = training.eval_batch_size * training.world_size
+    if len(heldout) < batch:
+        raise ValueError(
+            f"dataloader_drop_last drops all {len(heldout)} held-out sequences: they make no batch of {batch}; leave "
+            "it out or lower --per_device_eval_batch_size"
+        )
+
+
+def _do_not_group(training: TrainingArguments) -> None:
+    """By length; under both names that transformers 5 has had for it."""
+    training.train_sampling_strategy = "random"
+    training.group_by_length = False  # type: ignore[attr-defined]
+
+
+def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, MiniLMLoss]:
+    """The student as it starts, and the loss, tried once on both models."""
+    model, objective, training = arguments.model, arguments.objective, arguments.training
+    check_no_films(teacher)
+    relations = parse_relations(objective.relations) if objective.relations else None
+    student = build_student(
+        teacher,
+        num_layers=model.student_num_layers,
+        hidden_size=model.student_hidden_size,
+        num_heads=model.student_num_heads,
+        intermediate_size=model.student_intermediate_size,
+        init=model.student_init,
+        seed=training.seed,
+        with_head=objective.output_weight > 0,
+    )
+    if objective.output_weight:
+        for with_head in (teacher, student):
+            check_output(with_head, probe_inputs(with_head))
+    criterion = build_objective(
+        objective.objective,
+        *_probe(teacher, student, model.teacher_layer, training.device),
+        relations=relations,
+        relation_heads=objective.relation_heads,
+        temperature=objective.relation_temperature,
+        causal=is_causal(teacher),
+        implementation=None if objective.implementation == "auto" else objective.implementation,
+    )
+    return student, criterion
+
+
+def _probe(
+    teacher: PreTrainedModel, student: PreTrainedModel, teacher_layer: int, device: torch.device
+) -> tuple[QKV, QKV]:
+    """q, k, v of both models for the shortest input: what shapes they have, and that capture sees them."""
+    with torch.no_grad(), model_tried(teacher, f"run on {teacher.main_input_name} alone", but=(ValueError,)):
+        teacher.to(device)  # type: ignore[arg-type]
+        student.to(device)  # type: ignore[arg-type]
+        return (
+            attention_qkv(teacher, probe_inputs(teacher), teacher_layer),
+            attention_qkv(student, probe_inputs(student)),
+        )
+
+
+def _agreement(trainer: DistillationTrainer, pooling: Sequence[str]) -> Agreement | None:
+    """Of a text model with texts enough."""
+    heldout: Any = trainer.eval_dataset
+    collate: Any = trainer.data_collator
+    if not isinstance(trainer.processing_class, PreTrainedTokenizerBase) or len(heldout) < FEWEST_TEXTS:
+        return None
+    return Agreement(base_of(trainer.teacher), heldout, collate, trainer.args.per_device_eval_batch_size, pooling)
+
+
+def _serves(teacher: str, trainer: DistillationTrainer) -> bool:
+    """Whether a student that relations alone have trained is of use before it is fine-tuned."""
+    of_last = trainer.teacher_layer == num_layers(trainer.teacher)
+    return of_last and _serves_itself(teacher) and ends_as_teacher(base_of(trainer.teacher), base_of(trainer.student))
+
+
+def _serves_itself(teacher: str) -> bool:
+    """False for a student of ours, an assistant for one, that says that it does not."""
+    try:
+        metrics = json.loads((Path(teacher) / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none there, or another program's
+        return True
+    return not isinstance(metrics, dict) or metrics.get("serves") is not False
+
+
+def _same_width(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
+    return bool(teacher.config.hidden_size == student.config.hidden_size)
+
+
+def _as_dict(arguments: Arguments) -> dict[str, Any]:
+    own = asdict(arguments.model) | asdict(arguments.data) | asdict(arguments.objective)
+    return own | arguments.training.to_dict()  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _evaluations(trainer: DistillationTrainer) -> list[dict[str, Any]]:
+    return [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def _pace(trainer: DistillationTrainer) -> dict[str, float]:
+    """Means over the log of what was logged."""
+    logged: dict[str, list[float]] = {}
+    for row in trainer.state.log_history:
+        for name in {"tokens_per_second", "images_per_second", "loss_share"} & row.keys():
+            logged.setdefault(name, []).append(row[name])
+    return {name: sum(values) / len(values) for name, values in logged.items()}
+
+
+def _step(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])

@@ -1,0 +1,331 @@
+"""What a finished run leaves beside the student: metrics.json, report.md, curves.png and a model card, README.md."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from minilm.models.agreement import FEWEST_TEXTS
+from minilm.training.finite import without_nan
+from minilm.training.folders import close_aside, open_aside, publish
+from minilm.training.runs import METRICS
+
+Metrics = dict[str, Any]
+History = list[dict[str, Any]]  # of Trainer.state.log_history: rows of losses, each with its step
+
+logger = logging.getLogger(__name__)
+PARTS = {"embedding": "embedding", "transformer": "Transformer", "total": "all"}
+
+
+def publish_report(output: Path, metrics: Metrics, history: History) -> str:
+    """Writes the four files aside, puts them beside the student in `output`, and returns report.md.
+
+    What stands under their names and was not written by this run is left alone; a warning says where its own are.
+
+    Args: those of `write_report`.
+    """
+    part = open_aside(output) / "report"
+    part.mkdir()
+    report = write_report(part, metrics, history, student=output)
+    if in_the_way := publish(part, output, last=METRICS):
+        logger.warning(
+            "%s in %s was not written by this run and was left alone; its own is in %s",
+            *(", ".join(in_the_way), output, part),
+        )
+    else:
+        close_aside(output)
+    return report
+
+
+def write_report(folder: Path, metrics: Metrics, history: History, student: Path | None = None) -> str:
+    """Writes the four files into `folder` and returns report.md.
+
+    Args:
+        student: where the student is, if not in `folder`.
+        metrics: as `minilm.cli.distill` gathers them: "heldout" {relation: {"start", "end"}} in nats; "parameters" and
+            "speeds" {"teacher", "student"}; "arguments"; and what describes the run.
+        history: the Trainer's log; each relation's training and held-out losses are drawn from it.
+    """
+    student = student or folder
+    report = report_markdown(student, metrics)
+    plot_curves(list(metrics["heldout"]), history).savefig(folder / "curves.png", dpi=120)
+    (folder / "report.md").write_text(report, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(student, metrics), encoding="utf-8")
+    aside = folder / (METRICS + ".part")
+    aside.write_text(json.dumps(without_nan(metrics), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(aside, folder / METRICS)
+    return report
+
+
+def overview(metrics: Metrics) -> str:
+    """What is about to be trained, for the terminal."""
+    data, before = metrics["data"], metrics["steps_before_resuming"]
+
+    def size(side: str) -> str:
+        model, count = metrics[side], {part: _count(number) for part, number in metrics["parameters"][side].items()}
+        return (
+            f"{model['layers']} layers x {model['hidden_size']}, {model['heads']} heads, {count['total']} parameters "
+            f"({count['embedding']} embedding, {count['transformer']} Transformer)"
+        )
+
+    return "\n".join(
+        [
+            f"teacher    {metrics['teacher']['name']}: {size('teacher')}",
+            f"student    {size('student')}",
+            f"objective  {_objective(metrics)}",
+            f"data       {_data(data)}{_files(data)}",
+            f"device     {metrics['device']}",
+            f"folder     {metrics['student']['name']}{f', continued after step {before}' if before else ''}",
+            *_hints(metrics),
+            "",
+        ]
+    )
+
+
+def report_markdown(folder: Path, metrics: Metrics) -> str:
+    """The run in two tables and a curve, and how to load its student."""
+    teacher, student = metrics["teacher"], metrics["student"]
+    parameters, speeds = metrics["parameters"], metrics["speeds"]
+    sizes = [
+        ["layers x hidden size", *(f"{model['layers']} x {model['hidden_size']}" for model in (teacher, student)), ""],
+        *(_compare(f"{label} parameters", parameters, part, _count) for part, label in PARTS.items()),
+        *(_compare(unit.replace("_", " "), speeds, unit, _rate) for unit in speeds["student"]),
+    ]
+    losses = [
+        [relation, f"{ends['start']:.4f}", f"{ends['end']:.4f}", _ratio(ends["end"], ends["start"])]
+        for relation, ends in metrics["heldout"].items()
+    ]
+    return "\n".join(
+        [
+            f"# Distillation of {teacher['name']}",
+            "",
+            _what_was_done(metrics),
+            "",
+            *_table(["", "teacher", "student", "student / teacher"], sizes),
+            "",
+            f"Speeds are of the whole models, forward only, on held-out text in batches of {metrics['speed_batch']}, "
+            f"measured on {metrics['device']}.",
+            "",
+            *_table(["held-out loss (nats)", "untrained", "trained", "trained / untrained"], losses),
+            "",
+            "![losses by step](curves.png)",
+            "",
+            *_how_to_load(folder, metrics),
+            *_agreement(metrics),
+            *_how_to_encode(folder, metrics),
+        ]
+    )
+
+
+def model_card(folder: Path, metrics: Metrics) -> str:
+    """A short README.md for the student's folder, with the hub's front matter."""
+    teacher, student = metrics["teacher"], metrics["student"]
+    # A folder's name would point to another model on the hub, or to none.
+    base = [f"base_model: {name}"] if (name := metrics["arguments"]["teacher"]) and not Path(name).exists() else []
+    losses = ", ".join(f"{name} {ends['start']:.3f} to {ends['end']:.3f}" for name, ends in metrics["heldout"].items())
+    tags = ["minilm", "distillation", *(["sentence-transformers"] if metrics["sentence_files"] else [])]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            *base,
+            f"tags: [{', '.join(tags)}]",
+            "---",
+            f"# {student['layers']} x {student['hidden_size']} student of {teacher['name']}",
+            "",
+            f"{_count(metrics['parameters']['student']['total'])} parameters. {_what_was_done(metrics)}",
+            "",
+            f"Held-out loss by relation, from the untrained student to this one: {losses}.",
+            "",
+            *_how_to_load(folder, metrics),
+            *_how_to_encode(folder, metrics),
+        ]
+    )
+
+
+def plot_curves(relations: list[str], history: History) -> Figure:
+    """Each relation's loss by step: a line for training, points for held-out text; the loss axis is logarithmic."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, relation in enumerate(relations):
+        train = [(row["step"], row[relation]) for row in history if relation in row]
+        heldout = [(row["step"], row[f"eval_{relation}"]) for row in history if f"eval_{relation}" in row]
+        name = relation.upper()
+        axes.plot(*zip(*train, strict=True), color=f"C{index}", linewidth=1, label=f"{name} training")
+        axes.plot(*zip(*heldout, strict=True), "o", color=f"C{index}", label=f"{name} held-out")
+    axes.set(xlabel="step", ylabel="KL(teacher ‖ student), nats", yscale="log", title="Relation losses")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def _hints(metrics: Metrics) -> list[str]:
+    """MiniLM's own rule for a teacher assistant (section 3.4), where it applies and none is used."""
+    teacher, student = metrics["teacher"], metrics["student"]
+    small = 2 * student["layers"] <= teacher["layers"] and 2 * student["hidden_size"] <= teacher["hidden_size"]
+    if not small or metrics["is_assistants"]:
+        return []
+    return [
+        f"hint       at most half the teacher's layers and width: an assistant may help, --assistant_num_layers "
+        f"{teacher['layers']} --assistant_hidden_size {student['hidden_size']} (MiniLM, section 3.4)"
+    ]
+
+
+def _objective(metrics: Metrics) -> str:
+    weights = metrics["relations"] | ({"output": metrics["output_weight"]} if metrics["output_weight"] else {})
+    terms = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+    heads = f" over {metrics['relation_heads']} relation heads" if metrics["relation_heads"] else ""
+    return f"{metrics['objective']} ({terms}{heads}) on teacher layer {metrics['teacher_layer']}"
+
+
+def _what_was_done(metrics: Metrics) -> str:
+    data, before = metrics["data"], metrics["steps_before_resuming"]
+    last = f", the last {metrics['steps'] - before}" if before else ""
+    unit = "packed rows" if data["packed"] else data["unit"]
+    return (
+        f"Objective {_objective(metrics)}: {metrics['steps']} steps of {data['sequences_per_step']} {unit}{last} in "
+        f"{_duration(metrics['seconds'])} on {metrics['device']}{_pace(metrics)}; from {_data(data)}."
+    )
+
+
+def _data(data: Metrics) -> str:
+    count = f"{data['train_sequences']:,} {data['unit']} of " if data["train_sequences"] else "a stream of "
+    length = f", up to {data['max_length']} tokens" if data["max_length"] else ""
+    return f"{count}{data['name']}, {data['heldout_sequences']:,} more held out{length}"
+
+
+def _files(data: Metrics) -> str:
+    """What of the folders was read, and which copies of held-out texts were not."""
+    files = [f"; of {source}: {what}" for source, what in data.get("files", {}).items()]
+    copies = data.get("copies_left_out")
+    return "".join(files) + (f"; {copies:,} copies of held-out texts left out" if copies else "")
+
+
+def _pace(metrics: Metrics) -> str:
+    pace = dict(metrics["training"])
+    share = pace.pop("loss_share", None)
+    rates = [f" at {_rate(value)} {name.removesuffix('_per_second')} a second" for name, value in pace.items()]
+    return "".join(rates) + ("" if share is None else f", {share:.1%} of the time in the relation loss")
+
+
+def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:
+    vision = metrics["processor"] == "image processor"
+    name, kind = ("processor", "AutoImageProcessor") if vision else ("tokenizer", "AutoTokenizer")
+    return [
+        "```python",
+        f"from transformers import {metrics['auto_class']}, {kind}",
+        "",
+        f"student = {metrics['auto_class']}.from_pretrained({str(folder)!r})",
+        f"{name} = {kind}.from_pretrained({str(folder)!r})",
+        "```",
+        "",
+        _what_it_is_for(metrics),
+        "",
+    ]
+
+
+def _what_it_is_for(metrics: Metrics) -> str:
+    if metrics["output_weight"]:
+        return "The output loss trained the whole student: it serves as it is."
+    if metrics["serves"]:
+        return (
+            "The relations train all that lies below the last layer's queries, keys and values. What lies above them "
+            "is the teacher's own last layer, unchanged: the student serves as it is."
+        )
+    return (
+        "The relations end at the last layer's queries, keys and values. What lies above them is untrained: fine-tune "
+        "the student on a task before use. One with the teacher's width, from its layers and with the relations of its "
+        "last layer, serves at once."
+    )
+
+
+def _agreement(metrics: Metrics) -> list[str]:
+    """What comes out, beside what the teacher gives."""
+    agreement = metrics["agreement"]
+    if agreement is None:
+        texts = f"there are {metrics['data']['heldout_sequences']}."
+        of_few = [f"Agreement with the teacher is measured on at least {FEWEST_TEXTS} held-out texts; {texts}", ""]
+        return of_few if metrics["processor"] == "tokenizer" else []
+    start, end = agreement["start"], agreement["end"]
+    nearest = f"shared among the {agreement['neighbours']} nearest neighbours"
+    header = [f"agreement with the teacher on {agreement['texts']} held-out texts", "untrained", "trained"]
+    rows = [
+        ["correlation of cosine similarities (Spearman)", f"{start['correlation']:.3f}", f"{end['correlation']:.3f}"],
+        [nearest, f"{start['neighbours']:.0%}", f"{end['neighbours']:.0%}"],
+    ]
+    examples = [
+        line
+        for example in agreement["examples"]
+        for line in (
+            f"- {example['text']}",
+            f"  - teacher: {example['teacher']}",
+            f"  - student: {'the same' if example['student'] == example['teacher'] else example['student']}",
+        )
+    ]
+    return [
+        *_table(header, rows),
+        "",
+        f"Vectors are made by {' and '.join(metrics['pooling'])} pooling of the last hidden states. Five of the texts, "
+        "each with its nearest neighbour:",
+        "",
+        *examples,
+        "",
+    ]
+
+
+def _how_to_encode(folder: Path, metrics: Metrics) -> list[str]:
+    """Two lines that make a vector of a sentence, where the student serves for that."""
+    if metrics["processor"] != "tokenizer" or not metrics["serves"]:
+        return []
+    if metrics["sentence_files"]:
+        lines = [
+            "from sentence_transformers import SentenceTransformer",
+            f'vectors = SentenceTransformer({str(folder)!r}).encode(["A sentence.", "And another one."])',
+        ]
+    else:
+        token = {"cls": "[0]", "lasttoken": "[-1]"}.get(metrics["pooling"][0], ".mean(0)")
+        lines = [
+            "from transformers import pipeline",
+            f'vector = pipeline("feature-extraction", {str(folder)!r})("A sentence.", return_tensors=True)[0]{token}',
+        ]
+    return ["```python", *lines, "```", ""]
+
+
+def _compare(name: str, pair: Metrics, key: str, text: Callable[[float], str]) -> list[str]:
+    teacher, student = pair["teacher"][key], pair["student"][key]
+    return [name, text(teacher), text(student), _ratio(student, teacher)]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table with aligned columns, so that it reads well on a terminal too."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        aligned = [f"{cells[0]:<{widths[0]}}"]
+        aligned += [f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return [line(header), rule, *(line(row) for row in rows)]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
+
+
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.2f}" if base else ""  # a student that starts as its teacher has no loss to lower
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:.1f}M" if value >= 1e5 else f"{value:,.0f}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

@@ -1,0 +1,286 @@
+"""Text from files, folders or the hub, as tokenised sequences and a held-out part.
+
+A row of the text column is one text: a line of a .txt file, a record of a .jsonl or .parquet file
+(`minilm.data.reading` reads them, `minilm.data.files` chooses those of a folder). Blank texts are dropped; a text
+longer than `max_length` tokens is truncated. What was read and tokenised once `datasets` keeps in its cache, by file
+and settings; `minilm.data.streams` reads what is too large for that.
+
+Several sources follow each other, or are mixed by weights: each text is drawn from source i with probability
+w_i / sum(w), until every source was seen whole; smaller ones repeat.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
+
+from minilm.data.files import Chosen, choose_files
+from minilm.data.fingerprints import fingerprint_files
+from minilm.data.reading import KINDS, DataError, kind_of, read_rows
+
+HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
+
+
+class Splits(NamedTuple):
+    """Sequences to train on and held out."""
+
+    train: datasets.Dataset
+    heldout: datasets.Dataset
+    copies: int  # of held-out texts, which are left out of training
+
+
+def load_texts(sources: Sequence[str], *, config: str | None = None, text_column: str = "text") -> datasets.Dataset:
+    """All texts of the sources, in their order, as a data set with the one column "text".
+
+    Args:
+        sources: each a file that `minilm.data.reading` reads, a folder of which `minilm.data.files` chooses files, or
+            a data set's name on the hub, whose train split is read.
+        config: the configuration of a hub name ("wikitext-2-raw-v1").
+        text_column: where the text stands; a .txt file needs none.
+
+    Raises:
+        ValueError: nothing there, another kind of file, no such column, no text in it, a file given twice.
+        OSError: the cache of `datasets` cannot be written.
+    """
+    check_sources(sources)
+    parts = [_load(source, config, text_column) for source in sources]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def load_splits(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    config: str | None = None,
+    text_column: str = "text",
+    weights: Sequence[float] | None = None,
+) -> Splits:
+    """Sequences of the sources, as `tokenize` gives them, the training ones mixed by the weights.
+
+    No held-out text is trained on, not as a copy either. With weights the held-out part is taken from each source by
+    its weight, before anything repeats.
+
+    Raises:
+        ValueError: as `load_texts`; a number of weights that is not that of the sources, or a weight that is not
+            positive; fewer than two different texts.
+        OSError: the cache of `datasets` cannot be written.
+    """
+    shares = None if weights is None else mixing_shares(sources, weights)
+    if shares is None:
+        parts = [split_heldout(load_texts(sources, config=config, text_column=text_column))]
+    else:
+        check_sources(sources)
+        parts = [
+            split_heldout(_load(source, config, text_column), max(1, round(share * HELDOUT_MAX)))
+            for source, share in zip(sources, shares, strict=True)
+        ]
+    heldout = datasets.concatenate_datasets([part for _, part in parts])
+    trains = [without_copies(train, heldout) for train, _ in parts]
+    copies = sum(len(train) - len(rest) for (train, _), rest in zip(parts, trains, strict=True))
+    with cache_faults():
+        sequences = [tokenize(train, tokenizer, max_length) for train in trains]
+        held = tokenize(heldout, tokenizer, max_length)
+        if shares is None:
+            return Splits(sequences[0], held, copies)
+        mixed = datasets.interleave_datasets(sequences, shares, seed=0, stopping_strategy="all_exhausted")
+    return Splits(mixed, held, copies)
+
+
+def without_copies(train: datasets.Dataset, heldout: datasets.Dataset) -> datasets.Dataset:
+    """The rows of `train` whose "text" is not one of `heldout`. Raises `ValueError` if none is left."""
+    texts = pa.array(list(heldout["text"]), pa.string())
+    kept: list[int] = []
+    for number, batch in enumerate(train.with_format("arrow").iter(batch_size=10_000)):
+        copies = pc.is_in(batch["text"], value_set=texts).to_pylist()
+        kept += [10_000 * number + place for place, copy in enumerate(copies) if not copy]
+    if not kept:
+        raise ValueError(f"all {len(train)} texts to train on are copies of the {len(heldout)} held-out ones")
+    return train if len(kept) == len(train) else train.select(kept)
+
+
+def mixing_shares(sources: Sequence[str], weights: Sequence[float]) -> list[float]:
+    """The probability of each source. Raises `ValueError` as `load_splits` does for the weights."""
+    if len(weights) != len(sources):
+        raise ValueError(f"there are {len(weights)} weights for {len(sources)} sources of data")
+    for weight, source in zip(weights, sources, strict=True):
+        if not 0 < weight < math.inf:
+            raise ValueError(f"the weight of {source!r} must be a positive number, not {weight}")
+    largest = max(weights)  # first, because their sum may be infinite
+    scaled = [weight / largest for weight in weights]
+    return [weight / sum(scaled) for weight in scaled]
+
+
+def split_heldout(texts: datasets.Dataset, most: int = HELDOUT_MAX) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training, held-out): one row in twenty, at most `most`, drawn the same way in every run whatever its seed.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    size = heldout_size(len(texts), most)
+    halves = texts.train_test_split(test_size=size, seed=0)
+    return halves["train"], halves["test"]
+
+
+def heldout_size(count: int, most: int) -> int:
+    """How many of `count` texts are held out: one in twenty, at least one, at most `most`; `ValueError` below two."""
+    if count < 2:
+        raise ValueError(f"the data hold {count} text; at least 2 are needed, one to train on and one held out")
+    return min(most, max(1, int(HELDOUT_SHARE * count)))
+
+
+def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    """Each text as one sequence of at most `max_length` tokens, special ones included, in the model's inputs."""
+
+    def encode(rows: dict[str, list[str]]) -> Any:
+        return tokenizer(rows["text"], truncation=True, max_length=max_length)
+
+    encode({"text": [""]})  # leaves the truncation set: older `datasets` hash it with the tokenizer, for their cache
+    return texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
+
+
+def find_files(source: str) -> Chosen | None:
+    """The files of a source that are read; None of a name on the hub. Raises `ValueError` as `load_texts`."""
+    path = Path(source)
+    if not source:
+        raise ValueError("the name of the data is empty: --data takes files, folders or names on the hub")
+    chosen = Chosen([path], [])
+    if path.is_dir():
+        try:
+            chosen = choose_files(path)
+        except OSError as error:
+            raise ValueError(f"cannot list the folder {str(error.filename)!r}: {error.strerror}") from error
+    elif path.is_file():
+        if kind_of(path) is None:
+            raise ValueError(f"cannot read {source!r}: its suffix {path.suffix!r} is none of {', '.join(KINDS)}")
+        if not path.stat().st_size:
+            raise ValueError(f"{source!r} holds no text: the file is empty")
+    elif path.exists():
+        raise ValueError(f"{source!r} is neither a file nor a folder")
+    elif kind_of(path) or path.is_absolute() or source.startswith("."):
+        raise ValueError(f"there is no file or folder {source!r}")
+    else:
+        return None
+    for file in chosen.files:
+        if not str(file).isprintable() and any("\ud800" <= letter <= "\udfff" for letter in str(file)):
+            raise ValueError(f"the file name {str(file)!r} is not UTF-8: rename it")
+    return chosen
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Raises `ValueError` as `load_texts`, and for what would be read twice."""
+    seen: dict[str, str] = {}
+    for source in sources:
+        chosen = find_files(source)
+        for file in [source] if chosen is None else map(os.path.realpath, chosen.files):
+            if file in seen:
+                where = "twice" if seen[file] == source else f"in {seen[file]!r} and in {source!r}"
+                raise ValueError(
+                    f"the data hold {file!r} {where}: name it once, --data_weights say how often it counts"
+                )
+            seen[file] = source
+
+
+def fingerprint_source(source: str, config: str | None) -> str:
+    """What stands at a source of texts, by its content; of a data set on the hub its revision.
+
+    Raises:
+        ValueError: as `load_texts`.
+    """
+    chosen = find_files(source)
+    return fingerprint_hub(source, config) if chosen is None else fingerprint_files(chosen.files)
+
+
+def fingerprint_hub(name: str, config: str | None) -> str:
+    """The revision of a data set on the hub."""
+    return str(datasets.load_dataset_builder(name, name=config).hash)
+
+
+@contextmanager
+def cache_faults() -> Iterator[None]:
+    """Around what writes to the cache of `datasets`, and reads nothing but it."""
+    try:
+        yield
+    except OSError as error:
+        raise _cache_error(error) from error
+
+
+def _cache_error(error: OSError) -> OSError:
+    return OSError(
+        f"cannot write to the cache folder {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}): set "
+        "HF_DATASETS_CACHE or HF_HOME to another"
+    )
+
+
+def load_train_split(source: str, builder: str, **options: Any) -> Any:
+    """`datasets.load_dataset` with its many errors as one `ValueError` sentence about the source."""
+    try:
+        return datasets.load_dataset(builder, split="train", **options)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        # A name, configuration or split that does not exist, no network, an empty or broken file (then the cause says).
+        cause = error.__cause__ or error
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        if isinstance(cause, OSError) and cause.filename and Path(cause.filename).is_relative_to(cache):
+            raise _cache_error(cause) from error
+        reason = " ".join(str(cause).split())
+        here = "" if Path(source).exists() else ", which is no file or folder here, from the hub"
+        raise ValueError(f"cannot load the data {source!r}{here}: {reason}") from error
+
+
+def _load(source: str, config: str | None, column: str) -> datasets.Dataset:
+    if chosen := find_files(source):
+        return _load_files(source, chosen.files, column)
+    return _text_of(source, load_train_split(source, source, name=config), column)
+
+
+def _load_files(source: str, files: Sequence[Path], column: str) -> datasets.Dataset:
+    # Tuples: of lists `datasets` makes shards. Times and sizes make it read again what has changed.
+    stamps = tuple((os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    names = tuple(str(file) for file in files)
+    try:
+        with cache_faults():
+            texts: datasets.Dataset = datasets.Dataset.from_generator(
+                _texts,
+                features=datasets.Features({"text": datasets.Value("string")}),
+                gen_kwargs={"source": source, "files": names, "column": column, "stamps": stamps},
+            )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise _cache_error(error.__cause__) from error
+        raise (error.__cause__ or error) from None
+    return texts
+
+
+def _texts(source: str, files: tuple[str, ...], column: str, stamps: object) -> Iterator[dict[str, str]]:
+    count, rows = 0, 0
+    for file in files:
+        for values in read_rows(Path(file), column):
+            rows += len(values)
+            for text in values:
+                if text and not text.isspace():
+                    count += 1
+                    yield {"text": text}
+    if not count:
+        raise DataError(f"{source!r} holds no text: all {rows} rows of its column {column!r} are empty")
+
+
+def _text_of(source: str, rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    if column not in rows.column_names:
+        raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {rows.column_names}")
+    feature = rows.features[column]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(
+            f"the column {column!r} of {source!r} holds {feature}, not text; its columns: {rows.column_names}"
+        )
+    texts = rows.select_columns([column]).rename_columns({column: "text"}).cast_column("text", datasets.Value("string"))
+    texts = texts.filter(lambda batch: [bool(text and text.strip()) for text in batch["text"]], batched=True)
+    if not len(texts):
+        raise ValueError(f"{source!r} holds no text: all {len(rows)} rows of its column {column!r} are empty")
+    return texts

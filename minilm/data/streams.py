@@ -1,0 +1,392 @@
+"""Text as an endless stream of batches, for data too large to index, that continues bitwise from a small state.
+
+Readers. The stream of a rank is read by its loader's workers (with no workers, by the process itself); reader
+rank * workers + worker is one of world_size * workers. In each pass over a source its shards (files) are permuted by
+(seed, pass) and dealt out to the readers; where there are fewer shards than readers, every reader reads all and keeps
+every n-th text.
+
+Shuffling is by blocks, not by a rolling buffer: a reader reads `shuffle_buffer` texts, permutes them by (seed, pass,
+reader, number of the block) and yields them before it reads on. So no generator has a state to keep, and a reader's
+position is a few integers: where its block begins, and how far in it is. The next text is drawn from source i with
+probability w_i / sum(w), by (seed, reader, count); without weights, the shards of all sources are one source.
+
+Each batch carries its reader's state after it in "stream_state", so that whoever consumes the batches knows the exact
+position of each worker, however far the workers have read ahead.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from minilm.data.data import (
+    HELDOUT_MAX,
+    HELDOUT_SHARE,
+    check_sources,
+    find_files,
+    heldout_size,
+    load_train_split,
+    mixing_shares,
+)
+from minilm.data.packing import Packer, PackingCollator, Row, row_features
+from minilm.data.reading import ROWS_AT_ONCE, DataError, faults_at, read_rows, try_file
+
+TEXTS_AT_ONCE = 32  # tokenised together for packing
+CHOICES_AT_ONCE = 1024  # of the source, from one generator
+MAX_EMPTY_PASSES = 100  # a reader may be dealt empty files in one pass, hardly in a hundred
+SHARDS, BLOCK, CHOICE = 0, 1, 2  # what a generator is for, first in its seed
+
+Batch = dict[str, Any]
+
+
+class Shard(NamedTuple):
+    """One file of a source, from a row on, without some texts."""
+
+    read: Callable[[int], Iterator[list[str | None]]]  # the column's values from a row on, some at a time
+    first_row: int = 0
+    without: frozenset[str] = frozenset()  # the held-out texts, which may stand in the data twice
+
+    def texts(self, row: int = 0) -> Iterator[tuple[str, int]]:
+        """The texts from `row` on that are not blank, each with the number of the row behind it."""
+        row = max(row, self.first_row)
+        for values in self.read(row):
+            for text in values:
+                row += 1
+                if text and not text.isspace() and text not in self.without:
+                    yield text, row
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a reader is in a source: where its block begins, in the order of the pass, and how far in it is."""
+
+    epoch: int = 0  # passes over the source that are finished
+    block: int = 0
+    shard: int = 0
+    row: int = 0
+    seen: int = 0  # texts of the pass before the block, those of other readers included
+    index: int = 0  # texts of the block that were yielded
+
+
+class Source:
+    """The texts of one source for one reader, endless. `position` is all its state."""
+
+    def __init__(
+        self, shards: list[Shard], seed: int, number: int, reader: int, readers: int, buffer: int, position: Position
+    ) -> None:
+        self.shards = shards
+        self.seed = seed
+        self.number = number
+        self.reader = reader
+        self.readers = readers
+        self.buffer = buffer
+        self.position = position
+
+    def __iter__(self) -> Iterator[str]:
+        empty_passes = 0
+        while empty_passes < MAX_EMPTY_PASSES:
+            empty = self.position == Position(self.position.epoch)
+            rest = self._rest_of_pass()
+            while block := list(itertools.islice(rest, self.buffer)):
+                empty = False
+                seed = [BLOCK, self.seed, self.number, self.position.epoch, self.reader, self.position.block]
+                order = np.random.default_rng(seed).permutation(len(block))
+                for place in order[self.position.index :]:
+                    self.position = replace(self.position, index=self.position.index + 1)
+                    yield block[place][0]
+                self.position = replace(block[-1][1], block=self.position.block + 1)
+            self.position = Position(self.position.epoch + 1)
+            empty_passes = empty_passes + 1 if empty else 0
+        raise DataError(
+            f"reader {self.reader} of {self.readers} found no text in {empty_passes} passes over {len(self.shards)} "
+            "files: take fewer data loader workers"
+        )
+
+    def _rest_of_pass(self) -> Iterator[tuple[str, Position]]:
+        """This reader's texts from the block's beginning on, each with the position behind it."""
+        start = self.position
+        order = np.random.default_rng([SHARDS, self.seed, self.number, start.epoch]).permutation(len(self.shards))
+        dealt = len(self.shards) >= self.readers
+        if dealt:
+            order = order[self.reader :: self.readers]
+        seen = start.seen
+        for place in range(start.shard, len(order)):
+            for text, row in self.shards[order[place]].texts(start.row if place == start.shard else 0):
+                seen += 1
+                if dealt or seen % self.readers == self.reader:
+                    yield text, Position(start.epoch, shard=place, row=row, seen=seen)
+
+
+class Parts(NamedTuple):
+    """A source's held-out texts, its shards without them, and how many texts these have (infinity: many)."""
+
+    heldout: list[str]
+    shards: list[Shard]
+    left: float
+
+
+class TextStream(IterableDataset[Batch]):
+    """Endless tokenised micro-batches of one rank, from files, folders or names on the hub.
+
+    Made for `loader()`; iterated by itself it is the one reader of its rank. A batch is what the tokenizer gives for
+    `batch_size` texts (`input_ids` and `attention_mask` (B, N) int64, padded to the longest), or with `packing` what
+    `PackingCollator` gives for `batch_size` rows; and "stream_state", a JSON-able dict for `load_state`.
+
+    The first texts of the sources are never read for training: they are the attribute `heldout`, a `datasets.Dataset`
+    with the column "text". Of `heldout` texts each source gives its share (by weight, else equal parts), but a source
+    found to be shorter than 20 times that only one text in twenty. Copies of them are passed over.
+
+    Every file is opened, and its first rows are tried, before anything is read for training.
+
+    Args:
+        sources, config, text_column: as for `minilm.data.data.load_texts`.
+        tokenizer: it truncates to `max_length` tokens.
+        batch_size: rows of a micro-batch.
+        max_length: tokens of a text, or of a packed row, at most.
+        weights: of the sources; None makes them one.
+        packing: whether rows hold several texts.
+        shuffle_buffer: texts that are permuted together. Each reader holds so many for each weight.
+        seed: not negative; the same on every rank.
+        rank, world_size: of the process among those that train together.
+        num_workers: of the loader.
+        heldout: how many texts to hold out.
+
+    Raises:
+        DataError: from an iteration, what cannot be read; one sentence with the file and the row.
+        ValueError: as `minilm.data.data.load_splits`; fewer texts than readers, where the source is short enough to
+            count.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        max_length: int,
+        config: str | None = None,
+        text_column: str = "text",
+        weights: Sequence[float] | None = None,
+        packing: bool = False,
+        shuffle_buffer: int = 10_000,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        heldout: int = HELDOUT_MAX,
+    ) -> None:
+        shares = mixing_shares(sources, weights if weights is not None else [1] * len(sources))
+        for name, value in {"batch_size": batch_size, "shuffle_buffer": shuffle_buffer}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.packing = packing
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.rank = rank
+        self.num_workers = num_workers
+        self.readers = world_size * self._workers
+        check_sources(sources)
+        shards = [_shards(source, config, text_column) for source in sources]
+        parts = [
+            _hold_out(source, text_column, files, max(1, round(share * heldout)))
+            for source, files, share in zip(sources, shards, shares, strict=True)
+        ]
+        self.heldout = datasets.Dataset.from_dict({"text": [text for part in parts for text in part.heldout]})
+        without = frozenset(self.heldout["text"])
+        self._sources = [[shard._replace(without=without) for shard in part.shards] for part in parts]
+        self._shares = shares
+        if weights is None:
+            self._sources, self._shares = [list(itertools.chain(*self._sources))], [1.0]
+        for left in [sum(part.left for part in parts)] if weights is None else [part.left for part in parts]:
+            if left < self.readers:
+                raise ValueError(
+                    f"a source has {left} texts to train on, fewer than the stream's {self.readers} readers"
+                )
+        self._settings = {
+            "sources": list(sources),
+            "config": config,
+            "text_column": text_column,
+            "files": [len(shards) for shards in self._sources],
+            "weights": None if weights is None else list(weights),
+            "heldout": heldout,
+            "packing": packing,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "shuffle_buffer": shuffle_buffer,
+            "seed": seed,
+            "readers": self.readers,
+        }
+        self._states: dict[int, dict[str, Any]] = {}  # to go on from, by worker
+
+    @property
+    def _workers(self) -> int:
+        return max(1, self.num_workers)
+
+    def loader(self, *, pin_memory: bool = False) -> DataLoader[Batch]:
+        """The loader whose workers are the readers of this rank."""
+        return DataLoader(
+            self,
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_unchanged,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # the loader would else advance the global one
+        )
+
+    def load_state(self, states: Sequence[dict[str, Any]]) -> None:
+        """Makes the next iteration go on behind the last batch consumed.
+
+        Args:
+            states: the "stream_state" of the newest batch that this rank consumed of each worker, in any order; none of
+                a worker whose turn had not come.
+
+        Raises:
+            ValueError: a state of a stream with other settings, or not those of one moment on this rank.
+        """
+        for state in states:
+            for name, value in self._settings.items():
+                if state["settings"][name] != value:
+                    raise ValueError(
+                        f"cannot resume the stream: its {name} is {value!r}, the state's {state['settings'][name]!r}"
+                    )
+        first = self.rank * self._workers
+        batches = {state["reader"] - first: state["batches"] for state in states}
+        total = sum(batches.values())
+        in_turn = {worker: -((worker - total) // self._workers) for worker in range(min(total, self._workers))}
+        if batches != in_turn:
+            given = {first + worker: count for worker, count in batches.items()}
+            wanted = {first + worker: count for worker, count in in_turn.items()}
+            raise ValueError(
+                f"cannot resume the stream: the states are of batches {given} by reader; on rank {self.rank} after "
+                f"{total} batches they must be of {wanted}"
+            )
+        self._states = {state["reader"] - first: state for state in states}
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        if info is not None and info.num_workers != self._workers:
+            raise ValueError(f"the loader has {info.num_workers} workers, the stream was made for {self.num_workers}")
+        # A loader takes batches from its workers in turn, beginning with the first: that one must be whose turn it is.
+        consumed = sum(state["batches"] for state in self._states.values())
+        worker = ((info.id if info else 0) + consumed) % self._workers
+        return self._read(self.rank * self._workers + worker, self._states.get(worker))
+
+    def _read(self, reader: int, state: dict[str, Any] | None) -> Iterator[Batch]:
+        state = state or {"batches": 0, "drawn": 0, "positions": [{}] * len(self._sources), "rows": "[[], []]"}
+        sources = [
+            Source(shards, self.seed, number, reader, self.readers, self.shuffle_buffer, Position(**position))
+            for number, (shards, position) in enumerate(zip(self._sources, state["positions"], strict=True))
+        ]
+        texts = self._draw([iter(source) for source in sources], reader, state["drawn"])
+        drawn, batches = state["drawn"], state["batches"]
+        closed, open_rows = json.loads(state["rows"])
+        packer = Packer(self.max_length, open_rows)
+        collate = PackingCollator(self.tokenizer.pad_token_id, self.max_length) if self.packing else None
+        while True:
+            if collate is None:
+                batch = self._encode(list(itertools.islice(texts, self.batch_size)), padding=True, return_tensors="pt")
+                drawn += self.batch_size
+            else:
+                while len(closed) < self.batch_size:
+                    encoded = self._encode(list(itertools.islice(texts, TEXTS_AT_ONCE)))
+                    drawn += TEXTS_AT_ONCE
+                    closed += [row for sequence in encoded["input_ids"] for row in packer.add(sequence)]
+                batch = dict(collate([row_features(row) for row in closed[: self.batch_size]]))
+                closed = closed[self.batch_size :]
+            batches += 1
+            batch["stream_state"] = {
+                "settings": self._settings,
+                "reader": reader,
+                "batches": batches,
+                "drawn": drawn,
+                "positions": [asdict(source.position) for source in sources],
+                "rows": _as_text(closed, packer.rows),
+            }
+            yield batch
+
+    def _draw(self, sources: list[Iterator[str]], reader: int, drawn: int) -> Iterator[str]:
+        for window in itertools.count(drawn // CHOICES_AT_ONCE):
+            generator = np.random.default_rng([CHOICE, self.seed, reader, window])
+            choices = generator.choice(len(sources), size=CHOICES_AT_ONCE, p=self._shares)
+            for choice in choices[max(0, drawn - window * CHOICES_AT_ONCE) :]:
+                yield next(sources[choice])
+
+    def _encode(self, texts: list[str], **options: Any) -> Batch:
+        return dict(self.tokenizer(texts, truncation=True, max_length=self.max_length, **options))
+
+
+def _shards(source: str, config: str | None, column: str) -> list[Shard]:
+    """The files of a source in their order, tried to have a text column."""
+    if chosen := find_files(source):
+        for file in chosen.files:
+            try_file(file, column)
+        return [Shard(partial(read_rows, file, column)) for file in chosen.files]
+    rows = load_train_split(source, source, name=config, streaming=True)
+    first = next(_hub_rows(rows, source, None, 0), None)
+    if first is None:
+        raise ValueError(f"{source!r} holds no text: it has no rows")
+    if column not in first:
+        raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {list(first)}")
+    rows = rows.select_columns([column])
+    parts = [rows.shard(rows.num_shards, index) for index in range(rows.num_shards)]
+    return [Shard(partial(_hub_texts, part, f"{source}, part {index}", column)) for index, part in enumerate(parts)]
+
+
+def _hub_texts(rows: Any, name: str, column: str, start: int) -> Iterator[list[str | None]]:
+    row = start
+    for batch in _hub_rows(rows, name, ROWS_AT_ONCE, start):
+        for number, value in enumerate(batch[column], row + 1):
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"the column {column!r} holds {value!r}, not text, in row {number} of {name!r}")
+        row += len(batch[column])
+        yield batch[column]
+
+
+def _hub_rows(rows: Any, name: str, at_once: int | None, start: int) -> Iterator[Any]:
+    """Rows of a `datasets.IterableDataset` from `start` on, one by one or in batches."""
+    rows, row = rows.skip(start) if start else rows, start
+    with faults_at(lambda: f"{name!r} after row {row}"):
+        try:
+            for batch in rows if at_once is None else rows.iter(batch_size=at_once):
+                yield batch
+                row += at_once or 1
+        except (TypeError, datasets.exceptions.DatasetsError) as error:  # TypeError: a cast of Arrow's
+            raise DataError(f"cannot read {name!r} after row {row}: {' '.join(str(error).split())}") from error
+
+
+def _hold_out(source: str, column: str, shards: list[Shard], most: int) -> Parts:
+    """Takes the first texts of the source out of it: `most`, or one in twenty."""
+    enough = int(most / HELDOUT_SHARE)
+    every_text = ((text, index, row) for index, shard in enumerate(shards) for text, row in shard.texts())
+    ahead = list(itertools.islice(every_text, most))
+    ahead += itertools.islice(every_text, enough - len(ahead))
+    count = len(ahead)
+    if not count:
+        raise ValueError(f"{source!r} holds no text: all rows of its column {column!r} are empty")
+    held = ahead[: heldout_size(count, most)]
+    _, last, row = held[-1]
+    rest = [shards[last]._replace(first_row=row), *shards[last + 1 :]]
+    texts = [text for text, _, _ in held]
+    left = sum(text not in texts for text, _, _ in ahead)
+    return Parts(texts, rest, left if count < enough else math.inf)
+
+
+def _as_text(closed: list[Row], open_rows: list[Row]) -> str:
+    # One string: what walks through a batch (pinning, moving to a device) need not walk through each token.
+    return json.dumps([closed, open_rows], separators=(",", ":"))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,1 @@
+"""Teachers and students: what goes into them and what is taken from them."""

@@ -1,0 +1,1 @@
+"""The Trainer, its checkpoints, and what a run may touch."""
