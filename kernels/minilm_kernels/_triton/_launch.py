@@ -15,6 +15,7 @@ from minilm_kernels._relations import Relations
 from minilm_kernels._triton._plan import Kind
 
 LOG2_E = 1.4426950408889634
+_DIVISORS = {n: tl.constexpr(n) for n in (1, 2, 4, 8, 16)}
 
 
 class Launch(NamedTuple):
@@ -46,7 +47,7 @@ def group(tensors: Any) -> tuple[Any, ...] | None:
     if not tensors:
         return None
     strides = tensors[0].stride()
-    return tuple(tensors), *strides, tl.constexpr(math.gcd(16, *strides[:3]))
+    return tuple(tensors), *strides, _DIVISORS[math.gcd(16, *strides[:3])]
 
 
 def row_weights(x: Tensor | None) -> tuple[Any, ...] | None:
