@@ -80,11 +80,6 @@ def build_student(
     base = base_of(teacher)
     if with_head and teacher is base:
         raise ValueError(f"the teacher is a {type(teacher).__name__}, which has no head for the student to have")
-    if not isinstance(base.config.num_attention_heads, int):
-        raise ValueError(
-            f"{type(base).__name__} has {base.config.num_attention_heads} heads, by stage: "
-            "a student is built of layers that are alike"
-        )
     layers = _choose_layers(base, num_layers, teacher_layers)
     config = _student_config(base, layers, hidden_size, num_heads, intermediate_size)
 
@@ -102,7 +97,7 @@ def build_student(
 def _resolve_init(
     init: Init, base: PreTrainedModel, config: Any, teacher_layers: Sequence[int] | None, count: int
 ) -> Init:
-    """ "auto" as what it comes to; raises `ValueError` for a start that teacher and sizes do not allow."""
+    """What "auto" comes to, or the same; raises `ValueError` for a start that teacher and sizes do not allow."""
     available, wanted = widths(base.config), widths(config)
     enough_layers = count <= layers_of(base)
     if init == "auto":
@@ -211,6 +206,11 @@ def _student_config(
     intermediate_size: int | None,
 ) -> Any:
     """A fresh config with the student's sizes (`to_dict` leaves out the attention implementation)."""
+    if not isinstance(base.config.num_attention_heads, int):
+        raise ValueError(
+            f"{type(base).__name__} has {base.config.num_attention_heads} heads, by stage: "
+            "a student is built of layers that are alike"
+        )
     teacher: Any = base.config
     values = teacher.to_dict()
     for name in ("architectures", "dtype", "quantization_config", "_name_or_path", *_STAGES):
