@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from minilm.models.capture import attention_qkv, capture
     from minilm.models.students import build_student
     from minilm.objectives.loss import MiniLMLoss
-    from minilm.training.trainer import DistillationModel, DistillationTrainer
+    from minilm.training.model import DistillationModel
+    from minilm.training.trainer import DistillationTrainer
     from minilm_kernels import fused_minilm_loss, relation_kl
 
 # No name here may be a module's: importing the module would put it in the name's place.
@@ -21,7 +22,7 @@ _HOMES = {
     "attention_qkv": "minilm.models.capture",
     "capture": "minilm.models.capture",
     "build_student": "minilm.models.students",
-    "DistillationModel": "minilm.training.trainer",
+    "DistillationModel": "minilm.training.model",
     "DistillationTrainer": "minilm.training.trainer",
 }
 

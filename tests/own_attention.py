@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minilm.models.capture import capture, num_layers
+from minilm.models.capture import capture
+from minilm.models.layers import num_layers
 
 
 def own_attention_matches(model: PreTrainedModel, inputs: Mapping[str, Tensor], tolerance: float = 1e-5) -> bool:

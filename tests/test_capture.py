@@ -16,8 +16,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minilm import fused_minilm_loss
-from minilm.models.capture import QKV, attention_qkv, capture, num_layers, resolve_layer
-from minilm.models.heads import forward_with_output
+from minilm.models.capture import QKV, attention_qkv, capture
+from minilm.models.layers import num_layers, resolve_layer
+from minilm.models.observe import Needs, observe
 from minilm.models.students import freeze_unused
 
 # The modules whose outputs become q, k and v, and whether rotary position follows.
@@ -705,7 +706,8 @@ def test_a_compiled_model_runs_compiled() -> None:
     compiled = torch.compile(model, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1])
     exact = attention_qkv(model, inputs, 2)
     assert not graphs
-    (with_output, _), (exact_output, _) = (forward_with_output(each, inputs, 2) for each in (compiled, model))
+    needs = Needs(qkv=(2,), output=True)
+    with_output, exact_output = (observe(each, inputs, needs).qkv[2] for each in (compiled, model))
     assert not graphs
     captured = attention_qkv(compiled, inputs, 2)
     assert graphs

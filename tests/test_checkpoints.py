@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from minilm.training import checkpoints
+from minilm.training import signals
 from minilm.training.checkpoints import CheckpointError, CheckpointingTrainer
 from minilm.training.folders import ASIDE, open_aside
 from minilm.training.runs import MANIFEST, check_same_run, checkpoints_of, find_fault, newest_intact, starting_point
@@ -449,7 +449,7 @@ def test_the_best_model_is_not_loaded_where_the_run_is_not_finished(
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "SAME_SIGNAL_SECONDS", -1.0)
+    monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", -1.0)
     trainer = make(tmp_path, AtStep(3, kill(signal.SIGINT)), AtStep(3, kill(signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

@@ -82,7 +82,7 @@ def test_a_decoder_is_distilled_with_causal_relations(
 ) -> None:
     causal = []
     monkeypatch.setattr(
-        DistillationTrainer, "train", lambda self, **_: causal.append(self.model.criterion.causal) or 1 / 0
+        DistillationTrainer, "train", lambda self, **_: causal.append(self.model.objective.causal) or 1 / 0
     )
     for family in ("bert", "llama"):
         folder = str(save_teacher(tmp_path / family, family))

@@ -15,9 +15,18 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from minilm import attention_qkv
-from minilm.models.heads import ExampleOutput, TokenOutput, check_output, forward_with_output
+from minilm.models.capture import QKV
+from minilm.models.heads import ExampleOutput, Output, TokenOutput, check_output
+from minilm.models.observe import Needs, observe
 from minilm.objectives import outputs
 from minilm.objectives.outputs import output_loss, soft_label_kl
+
+
+def forward_with_output(model: Any, inputs: Any, layer: int = -1) -> tuple[QKV, Output]:
+    observed = observe(model, inputs, Needs(qkv=(layer,), output=True))
+    assert observed.output is not None
+    return observed.qkv[layer], observed.output
+
 
 VOCABULARY_HEADS = [
     ("bert", "ForMaskedLM"),

@@ -24,6 +24,7 @@ METRICS: dict[str, Any] = {
     "relations": {"qq": 1.0, "vv": 0.5},
     "relation_heads": 48,
     "output_weight": 0.0,
+    "parts": {"qq": 1.0, "vv": 0.5},
     "auto_class": "AutoModel",
     "serves": False,
     "pooling": ["mean"],
@@ -203,6 +204,6 @@ def test_the_pace_is_told_where_it_is_known() -> None:
     def told(training: dict[str, float]) -> str:
         return report_markdown(Path("out"), {**METRICS, "training": training}).splitlines()[2]
 
-    assert "on cpu at 54,321 tokens a second, 6.2% of the time in the relation loss; from" in told(METRICS["training"])
+    assert "on cpu at 54,321 tokens a second, 6.2% of the time in the loss; from" in told(METRICS["training"])
     assert "on cpu at 12.5 images a second; from" in told({"images_per_second": 12.5})
     assert "on cpu; from" in told({})

@@ -94,6 +94,35 @@ def test_a_step_up_is_found(floor: str, line: str) -> None:
     assert len(forbidden(floor, floor, line)) == 1
 
 
+UNCUT = {"cli/arguments.py", "cli/distill.py", "data/streams.py"}  # still longer
+LONGEST_FILE, LONGEST_FUNCTION = 350, 60  # lines, docstrings among them
+
+
+def too_long(source: str) -> list[tuple[str, int]]:
+    """The file, and its functions, with their lines, where these are too many."""
+    lines = len(source.splitlines())
+    functions = [
+        (node.name, (node.end_lineno or 0) - node.lineno + 1)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [("file", lines)] * (lines > LONGEST_FILE) + [pair for pair in functions if pair[1] > LONGEST_FUNCTION]
+
+
+def test_files_and_functions_are_short() -> None:
+    paths = {path.relative_to(ROOT / "minilm").as_posix(): path for path in (ROOT / "minilm").rglob("*.py")}
+    found = {name: too_long(path.read_text(encoding="utf-8")) for name, path in paths.items() if name not in UNCUT}
+    assert len(found) > 10
+    assert {path: long for path, long in found.items() if long} == {}
+
+
+def test_what_is_too_long_is_found() -> None:
+    body = "    x = 0\n"
+    assert too_long("def f():\n" + body * 59) == []
+    assert too_long("class A:\n  def f(self):\n" + body * 60) == [("f", 61)]
+    assert too_long("x = 0\n" * 351) == [("file", 351)]
+
+
 def test_folders_hold_nothing_of_their_own() -> None:
     """Importing one module of a folder imports no other: `import minilm` and the loss stay light."""
     for path in (ROOT / "minilm").glob("*/__init__.py"):

@@ -11,8 +11,13 @@ from tiny_text import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
+from minilm import MiniLMLoss
 from minilm.models.capture import attention_qkv
+from minilm.models.heads import has_vocabulary_head
 from minilm.models.students import build_student, count_parameters, freeze_unused
+from minilm.objectives.outputs import SoftLabels
+from minilm.objectives.relations import Relations
+from minilm.objectives.term import Objective, Unit
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra", "albert", "modernbert", "llama", "qwen3", "gpt2", "t5", "vit"]
 LAYERED = [family for family in FAMILIES if family != "albert"]  # whose layers share their weights
@@ -430,7 +435,10 @@ def test_freeze_unused_of_bert_by_name() -> None:
 def test_freeze_unused_with_the_output_loss(family: str, head: str, frozen: list[str]) -> None:
     teacher = tiny_model(family, head)
     student = build_student(teacher, num_layers=2, with_head=True)
-    assert freeze_unused(student, output=True) == [f"{name}.{kind}" for name in frozen for kind in ("weight", "bias")]
+    unit: Unit = "tokens" if has_vocabulary_head(student) else "examples"
+    objective = Objective([Relations(MiniLMLoss()), SoftLabels(unit)])
+    unused = objective.freeze_unused(teacher, student)
+    assert unused == [f"{name}.{kind}" for name in frozen for kind in ("weight", "bias")]
     assert freeze_unused(student)  # the relations alone leave the head out
 
 

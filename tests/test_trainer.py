@@ -20,8 +20,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from minilm import MiniLMLoss, fused_minilm_loss
 from minilm.models.capture import attention_qkv
+from minilm.models.observe import observe
 from minilm.models.students import build_student, freeze_unused
-from minilm.training.trainer import DistillationModel, check_arguments
+from minilm.training.arguments import check_arguments
+from minilm.training.model import DistillationModel
 
 SMALL_BATCH = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}
 # Renamed within transformers 5; the old name warns where there is the new one.
@@ -58,7 +60,8 @@ def test_the_model_is_the_student_with_its_loss() -> None:
     student = build_student(teacher, num_layers=2, init="random", seed=3).eval()
     inputs = tiny_inputs(teacher)
     teacher_qkv = attention_qkv(teacher, inputs)
-    outputs = DistillationModel(student, criterion)(teacher_qkv, **inputs)
+    model = DistillationModel(student, criterion)
+    outputs = model(observe(teacher, inputs, model.objective.teacher), **inputs)
     for relation in ("qk", "vv"):
         expected = fused_minilm_loss(
             teacher_qkv, attention_qkv(student, inputs), [relation], attention_mask=inputs["attention_mask"]

@@ -16,9 +16,11 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArgum
 from minilm import MiniLMLoss, attention_qkv, fused_minilm_loss
 from minilm.data.packing import PackingCollator, pack
 from minilm.models.batches import model_inputs
+from minilm.models.observe import observe
 from minilm.models.probes import is_causal
 from minilm.models.students import build_student
-from minilm.training.trainer import DistillationModel, DistillationTrainer
+from minilm.training.model import DistillationModel
+from minilm.training.trainer import DistillationTrainer
 
 T = 2.0
 
@@ -201,10 +203,10 @@ def test_the_backward_of_the_loss_counts_as_the_loss(monkeypatch: pytest.MonkeyP
     teacher = tiny_model("bert")
     model = DistillationModel(build_student(teacher, num_layers=2, init="random"), Criterion())
     inputs = tiny_inputs(teacher)
-    model(attention_qkv(teacher, inputs), **inputs)["loss"].backward()
+    model(observe(teacher, inputs, model.objective.teacher), **inputs)["loss"].backward()
     assert model.clock.seconds() == 0.0  # nobody asked for it
     model.clock.enabled = True
-    model(attention_qkv(teacher, inputs), **inputs)["loss"].backward()
+    model(observe(teacher, inputs, model.objective.teacher), **inputs)["loss"].backward()
     assert model.clock.seconds() == 15.0  # of q, k and v
     assert model.clock.seconds() == 0.0
 

@@ -26,19 +26,23 @@ from minilm.data.streams import TextStream
 from minilm.errors import reason, tried
 from minilm.models.agreement import FEWEST_TEXTS, Agreement
 from minilm.models.batches import check_packable
-from minilm.models.capture import QKV, attention_qkv, num_layers
 from minilm.models.embeddings import MEAN, SentenceFiles, sentence_files
 from minilm.models.heads import check_output, has_vocabulary_head
-from minilm.models.probes import base_of, check_no_films, is_causal, model_tried, probe_inputs
+from minilm.models.layers import num_layers
+from minilm.models.observe import Needs
+from minilm.models.probes import base_of, check_no_films, is_causal, probe_inputs
 from minilm.models.speed import measure_speed
-from minilm.models.students import build_student, count_parameters, ends_as_teacher
+from minilm.models.students import build_student, count_parameters, observe_probe
 from minilm.models.teachers import auto_class, quiet, read_teacher
-from minilm.objectives.loss import MiniLMLoss
-from minilm.objectives.objectives import build_objective, parse_relations
+from minilm.models.weights import ends_as_teacher
+from minilm.objectives.relations import criterion_of
+from minilm.objectives.systems import SYSTEMS, parse_relations, with_soft_labels
+from minilm.objectives.term import Objective
+from minilm.training.arguments import check_arguments
 from minilm.training.checkpoints import CheckpointError
 from minilm.training.folders import claimed
 from minilm.training.runs import METRICS, check_resume, check_same_run, starting_point
-from minilm.training.trainer import DistillationTrainer, check_arguments
+from minilm.training.trainer import DistillationTrainer
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
 CHECKPOINTED = ("config.json",)  # beside what every checkpoint has
@@ -93,7 +97,7 @@ def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
     teacher, processor, saved_processor = read_teacher(name, head=with_output)
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student", keep_value_errors=True):
-        student, criterion = _student_and_objective(arguments, teacher)
+        student, terms = _student_and_objective(arguments, teacher)
     if following is not None:
         with tried("cannot build the student", keep_value_errors=True):
             _student_and_objective(following, student)
@@ -104,6 +108,7 @@ def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
             raise ValueError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, teacher, processor)
+    criterion = criterion_of(terms)
     identity = run_identity(arguments, criterion, teacher, student, inputs.fingerprint)
     if checkpoint:
         check_same_run(checkpoint, identity)
@@ -122,11 +127,8 @@ def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
         trainer = DistillationTrainer(
             teacher=teacher,
             student=student,
-            criterion=criterion,
+            criterion=terms,
             args=training,
-            teacher_layer=model.teacher_layer,
-            output_weight=objective.output_weight,
-            output_temperature=objective.output_temperature,
             greater_is_better=bool(training.greater_is_better),
             train_dataset=inputs.train,
             eval_dataset=inputs.heldout,
@@ -139,6 +141,7 @@ def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
         "relations": criterion.relations,
         "relation_heads": criterion.relation_heads,
         "output_weight": objective.output_weight,
+        "parts": terms.parts,
         "auto_class": auto_class(student).__name__,
         "serves": with_output or _serves(name, trainer),
         "pooling": list(sentences.pooling if sentences else MEAN),
@@ -274,8 +277,8 @@ def _do_not_group(training: TrainingArguments) -> None:
     training.group_by_length = False  # type: ignore[attr-defined]
 
 
-def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, MiniLMLoss]:
-    """The student as it starts, and the loss, tried once on both models."""
+def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, Objective]:
+    """The student as it starts, and the objective, tried once on both models."""
     model, objective, training = arguments.model, arguments.objective, arguments.training
     check_no_films(teacher)
     relations = parse_relations(objective.relations) if objective.relations else None
@@ -292,29 +295,25 @@ def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tu
     if objective.output_weight:
         for with_head in (teacher, student):
             check_output(with_head, probe_inputs(with_head))
-    criterion = build_objective(
-        objective.objective,
-        *_probe(teacher, student, model.teacher_layer, training.device),
+    teacher.to(training.device)  # type: ignore[arg-type]
+    student.to(training.device)  # type: ignore[arg-type]
+    with_output = objective.output_weight > 0
+    with torch.no_grad():
+        given = observe_probe(teacher, Needs((model.teacher_layer,), output=with_output))
+        made = observe_probe(student, Needs((-1,), output=with_output))
+    terms = SYSTEMS[objective.objective](
+        given.qkv[model.teacher_layer],
+        made.qkv[-1],
         relations=relations,
         relation_heads=objective.relation_heads,
+        teacher_layer=model.teacher_layer,
         temperature=objective.relation_temperature,
         causal=is_causal(teacher),
         implementation=None if objective.implementation == "auto" else objective.implementation,
     )
-    return student, criterion
-
-
-def _probe(
-    teacher: PreTrainedModel, student: PreTrainedModel, teacher_layer: int, device: torch.device
-) -> tuple[QKV, QKV]:
-    """q, k, v of both models for the shortest input: what shapes they have, and that capture sees them."""
-    with torch.no_grad(), model_tried(teacher, f"run on {teacher.main_input_name} alone", but=(ValueError,)):
-        teacher.to(device)  # type: ignore[arg-type]
-        student.to(device)  # type: ignore[arg-type]
-        return (
-            attention_qkv(teacher, probe_inputs(teacher), teacher_layer),
-            attention_qkv(student, probe_inputs(student)),
-        )
+    whole = with_soft_labels(terms, student, objective.output_weight, objective.output_temperature)
+    whole(given, made, probe_inputs(student))
+    return student, whole
 
 
 def _agreement(trainer: DistillationTrainer, pooling: Sequence[str]) -> Agreement | None:

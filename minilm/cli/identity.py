@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from minilm.cli.arguments import Arguments
-from minilm.models.capture import num_layers, resolve_layer
+from minilm.models.layers import num_layers, resolve_layer
 from minilm.objectives.loss import MiniLMLoss
 
 SAMPLES = 1 << 16  # numbers of a tensor

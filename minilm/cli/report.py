@@ -178,10 +178,9 @@ def _hints(metrics: Metrics) -> list[str]:
 
 
 def _objective(metrics: Metrics) -> str:
-    weights = metrics["relations"] | ({"output": metrics["output_weight"]} if metrics["output_weight"] else {})
-    terms = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+    parts = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in metrics["parts"].items())
     heads = f" over {metrics['relation_heads']} relation heads" if metrics["relation_heads"] else ""
-    return f"{metrics['objective']} ({terms}{heads}) on teacher layer {metrics['teacher_layer']}"
+    return f"{metrics['objective']} ({parts}{heads}) on teacher layer {metrics['teacher_layer']}"
 
 
 def _what_was_done(metrics: Metrics) -> str:
@@ -211,7 +210,7 @@ def _pace(metrics: Metrics) -> str:
     pace = dict(metrics["training"])
     share = pace.pop("loss_share", None)
     rates = [f" at {_rate(value)} {name.removesuffix('_per_second')} a second" for name, value in pace.items()]
-    return "".join(rates) + ("" if share is None else f", {share:.1%} of the time in the relation loss")
+    return "".join(rates) + ("" if share is None else f", {share:.1%} of the time in the loss")
 
 
 def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:

@@ -23,7 +23,8 @@ from minilm.data.streams import TextStream
 from minilm.errors import NonFiniteError, tried
 from minilm.models.batches import Batch
 from minilm.training.finite import all_finite
-from minilm.training.trainer import DistillationModel, DistillationTrainer
+from minilm.training.model import DistillationModel
+from minilm.training.trainer import DistillationTrainer
 
 
 def try_out(trainer: DistillationTrainer) -> None:

@@ -114,14 +114,14 @@ def block_diagonal_mask(sequence_ids: Tensor, causal: bool) -> Tensor:
     return mask.tril() if causal else mask
 
 
-def by_token(model: PreTrainedModel, batch: Batch, tokens: int) -> Batch:
-    """The batch with the mask of the model's N `tokens`, where its own is of the samples of a sound.
+def by_token(model: PreTrainedModel, batch: Batch, tokens: int | None) -> Batch:
+    """The batch with the mask of the model's N `tokens` (None: unknown), where its own is of the samples of a sound.
 
     Raises:
         ValueError: a mask of another length, and a model that does not say which of its tokens are padding.
     """
     mask = batch.get("attention_mask")
-    if mask is None or not any(name in batch for name in _NO_TEXT) or mask.shape[-1] == tokens:
+    if mask is None or not any(name in batch for name in _NO_TEXT) or tokens in (None, mask.shape[-1]):
         return batch
     shorten = getattr(base_of(model), "_get_feature_vector_attention_mask", None)  # of wav2vec 2.0 and its kin
     if shorten is None:
@@ -178,6 +178,12 @@ def count_tokens(batch: Batch) -> Tensor:
     if any(name in batch for name in _NO_TEXT):
         return torch.tensor(0, device=first.device)
     return torch.tensor(batch["input_ids"].numel(), device=first.device) if mask is None else (mask != 0).sum()
+
+
+def count_examples(batch: Batch) -> Tensor:
+    """() int64: the rows, on the batch's device."""
+    first = next(iter(batch.values()))
+    return torch.full((), len(first), device=first.device)  # of the device itself, where a copy would wait
 
 
 def first_position(model: nn.Module) -> int:

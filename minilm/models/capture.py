@@ -24,36 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from minilm.models.layers import computes_by_itself, num_layers, places_of, reads_interface, resolve_layer, uncompiled
+
 QKV = tuple[Tensor, Tensor, Tensor]
-
-
-def num_layers(model_or_config: Any) -> int:
-    """Number of Transformer layers, as the config counts them.
-
-    Raises `ValueError` where it does not say (several Transformers in one).
-    """
-    config = getattr(model_or_config, "config", model_or_config)
-    layers = getattr(config, _layers_name(model_or_config), None)
-    if not isinstance(layers, int):
-        raise ValueError(f"{type(config).__name__} has no num_hidden_layers: pass one Transformer of the model")
-    return layers
-
-
-def _layers_name(model_or_config: Any) -> str:
-    """Where the config counts the layers: of an encoder-decoder's config, num_hidden_layers are the encoder's."""
-    config, name = getattr(model_or_config, "config", None), type(model_or_config).__name__
-    is_decoder = isinstance(getattr(config, "decoder_layers", None), int) and (
-        "Decoder" in name or name.endswith("ForCausalLM")
-    )
-    return "decoder_layers" if is_decoder else "num_hidden_layers"
-
-
-def resolve_layer(model_or_config: Any, layer: int) -> int:
-    """The layer's number from 1 (bottom) to L; -1 is the last. Raises `ValueError` outside 1..L and -L..-1."""
-    last = num_layers(model_or_config)
-    if not 1 <= abs(layer) <= last:
-        raise ValueError(f"layer {layer} does not exist: layers are 1 to {last}, or -{last} to -1 from the last down")
-    return layer if layer > 0 else last + 1 + layer
 
 
 @contextmanager
@@ -88,10 +61,10 @@ def capture(model: PreTrainedModel, layers: Sequence[int] = (-1,), *, stop: bool
     _active.recorders.append(recorder)
     try:
         yield recorder.captured
-    except _StopForward as reached:
+    except StopForward as reached:
         if reached.args[0] is not recorder:
             raise
-        _end_frames(reached)
+        end_frames(reached)
     finally:
         _active.recorders.remove(recorder)
         _switch_back(recorder.configs)
@@ -109,11 +82,11 @@ def attention_qkv(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: i
     return captured[layer]
 
 
-class _StopForward(BaseException):
+class StopForward(BaseException):
     """Ends a forward for the recorder it carries; not an `Exception`, so that no model's own `except` takes it."""
 
 
-def _end_frames(reached: _StopForward) -> None:
+def end_frames(reached: StopForward) -> None:
     """Ends what the stopped forward had begun, such as the hooks of gradient checkpointing.
 
     torch before 2.13 ends those when the frames are freed, which their reference to the exception puts off.
@@ -137,18 +110,18 @@ class _Recorder:
         self.modules = list(model.modules())
         _refuse_reentrant_checkpointing(self.modules)
         _refuse_layerdrop(model)
-        self.places, self.several = _places(model, self.modules)
+        self.places, self.several = places_of(model, self.modules)
         self.stop_at = max(self.wanted.values()) if stop else None
         self.configs = _configs(self.modules)
         self.captured: dict[int, QKV] = {}
         self._owners: dict[int, int] = {}
         self._calls: dict[int, int] = {}
-        self._graph_task = _graph_task()
+        self._begun_in = graph_task()
 
     def take(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
         """Keep the tensors if the layer is wanted; true where the forward shall end."""
         # Gradient checkpointing runs layers again, inside a backward that this capture was not entered in.
-        if id(module) not in self.places or _graph_task() != self._graph_task:
+        if id(module) not in self.places or graph_task() != self._begun_in:
             return False
         if id(module) in self.several:
             raise ValueError(
@@ -172,85 +145,13 @@ class _Recorder:
             return
         layer = self.wanted[missing[0]]
         inside = [module for module in self.modules if layer in self.places.get(id(module), ())]
-        if not any(map(_reads_interface, inside)):
-            raise ValueError(f"no attention of layers {missing} was seen: {_computes_by_itself(self.model, inside)}")
+        if not any(map(reads_interface, inside)):
+            raise ValueError(f"no attention of layers {missing} was seen: {computes_by_itself(self.model, inside)}")
         name = type(self.model).__name__
         if not self._owners:
             raise ValueError(f"no attention of layers {missing} was seen: no forward of {name} ran inside capture")
         ran = sorted(self._owners)
         raise ValueError(f"no attention of layers {missing} was seen: the forward of {name} ran that of layers {ran}")
-
-
-def uncompiled(model: Any) -> PreTrainedModel:
-    """The transformers model itself, or that within a compiled one. Raises `TypeError` for anything else."""
-    original = getattr(model, "_orig_mod", model)
-    if isinstance(original, PreTrainedModel):
-        return original
-    name = type(original).__name__
-    wrapped = getattr(original, "module", None)
-    hint = ""
-    if isinstance(wrapped, PreTrainedModel):
-        hint = f": wrap a module in {name} whose forward captures the model, as DistillationModel's does"
-    raise TypeError(f"capture takes a transformers model (PreTrainedModel), got {name}{hint}")
-
-
-_LISTS = (nn.ModuleList, nn.Sequential)
-
-
-def _places(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[int, tuple[int, ...]], set[int]]:
-    """For the id of each module within a layer, that layer's number, or numbers in the order in which it runs as them.
-
-    Also the ids of modules that have their like in the same layer. The layers are the outermost lists as long as the
-    config says; ALBERT's groups of layers run one after another, each as often as its share.
-    """
-    count = num_layers(model)
-    groups: int = getattr(model.config, "num_hidden_groups", count)
-    runs = [[layer + 1 for layer in range(count) if int(layer / (count / groups)) == group] for group in range(groups)]
-    places: dict[int, tuple[int, ...]] = {}
-    several: set[int] = set()
-    for layers in modules:
-        if not isinstance(layers, _LISTS) or len(layers) != groups or id(layers) in places:
-            continue
-        own: dict[int, list[int]] = {}
-        for layer, numbers in zip(layers, runs, strict=True):
-            for module in layer.modules():
-                own.setdefault(id(module), []).extend(numbers)
-                if isinstance(module, _LISTS) and len({type(member) for member in module}) < len(module):
-                    several.update(id(inner) for member in module for inner in member.modules())
-        for module_id, found in own.items():
-            places.setdefault(module_id, tuple(found))
-    if not places:
-        raise ValueError(_other_count(model, modules))
-    return places, several
-
-
-def _other_count(model: PreTrainedModel, modules: list[nn.Module]) -> str:
-    if not any(map(_reads_interface, modules)):
-        return f"no attention can be seen: {_computes_by_itself(model, modules)}"
-    name, counted = type(model).__name__, _layers_name(model)
-    held: dict[str, int] = {}
-    for path, layers in model.named_modules():
-        inside = any(path.startswith(outer + ".") for outer in held)
-        if isinstance(layers, _LISTS) and not inside and any(map(_reads_interface, layers.modules())):
-            held[path] = len(layers)
-    found = " and ".join(f"{length} in {path}" for path, length in held.items()) or "no list of them"
-    hint = f": set model.config.{counted} = {next(iter(held.values()))}" if len(held) == 1 else ""
-    return f"{name} counts {num_layers(model)} layers in its config ({counted}) and holds {found}{hint}"
-
-
-def _reads_interface(module: nn.Module) -> bool:
-    forward: Any = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
-
-
-def _computes_by_itself(model: PreTrainedModel, modules: list[nn.Module]) -> str:
-    attentions = [type(module).__name__ for module in modules if "Attention" in type(module).__name__]
-    if not attentions:
-        return f"{type(model).__name__} has none there, its layer is a {type(modules[0]).__name__}"
-    return (
-        f"{attentions[-1]} of models of type {model.config.model_type!r} computes attention by itself, "
-        "not through transformers' AttentionInterface"
-    )
 
 
 def _fold(query: Tensor, scaling: float | None) -> Tensor:
@@ -279,7 +180,7 @@ class _Active(threading.local):
 _active = _Active()
 
 
-def _graph_task() -> int:
+def graph_task() -> int:
     """The backward that Python runs in, -1 outside of one; dynamo never sees a recomputation."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
@@ -293,7 +194,7 @@ def _attend(
         if recorder.take(module, query, key, value, kwargs.get("scaling")):
             stopping = recorder
     if stopping is not None:
-        raise _StopForward(stopping)
+        raise StopForward(stopping)
     if implementation == "eager":
         return _eager_attention(module)(module, query, key, value, *args, **kwargs)
     reads_config = implementation not in ("sdpa", "flex_attention")

@@ -3,15 +3,12 @@
 B batch, N tokens, V vocabulary, C classes, d hidden size.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from minilm.models.capture import QKV, capture, uncompiled
 
 
 class TokenOutput(NamedTuple):
@@ -31,30 +28,21 @@ class ExampleOutput(NamedTuple):
 Output = TokenOutput | ExampleOutput
 
 
-def forward_with_output(model: PreTrainedModel, inputs: Mapping[str, Any], layer: int = -1) -> tuple[QKV, Output]:
-    """q (B, H, N, D), k and v (B, H_kv, N, D) of one layer, and what the head makes of the same forward.
+def run_up_to_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Output:
+    """What the head makes of a forward on `inputs`.
 
     A model with a vocabulary head (masked or causal LM) gives `TokenOutput`, and no logits are computed; one with a
-    classifier gives `ExampleOutput`. Gradients flow if they are enabled, into tied embeddings too. Of a compiled model
-    the original runs: a compiled forward cannot end at the output layer.
+    classifier gives `ExampleOutput`. Gradients flow if they are enabled, into tied embeddings too.
 
-    Raises as `capture` does, and `ValueError` for a model without such a head. That nothing comes after the output
-    layer is `check_output`'s to see.
+    Raises `ValueError` for a model without such a head. That nothing comes after the output layer is `check_output`'s
+    to see.
     """
-    model = uncompiled(model)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs = {**inputs, "use_cache": False}  # a cache hands out copies of k and v
     output_layer = _output_layer(model)
-    with capture(model, (layer,)) as captured:
-        if output_layer is None:
-            output: Output = ExampleOutput(model(**inputs).logits)
-        else:
-            output = _run_up_to(model, output_layer, inputs)
-    return captured[layer], output
+    return ExampleOutput(model(**inputs).logits) if output_layer is None else _run_up_to(model, output_layer, inputs)
 
 
 def check_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    """One forward on a short input that shows whether the model's logits are those of `forward_with_output`.
+    """One forward on a short input that shows whether the model's logits are those of `run_up_to_output`.
 
     Raises:
         ValueError: no head; a vocabulary head whose result the model changes (softcap, scale) or does not use; a

@@ -9,24 +9,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minilm.models.capture import attention_qkv, resolve_layer
-from minilm.models.capture import num_layers as layers_of
-from minilm.models.heads import forward_with_output
+from minilm.models.layers import num_layers as layers_of
+from minilm.models.layers import resolve_layer
+from minilm.models.observe import Needs, Observed, observe
 from minilm.models.probes import base_of, evaluating, model_tried, probe_inputs
+from minilm.models.weights import (
+    FFN_NAMES,
+    check_projection,
+    copy_weights,
+    head_dim,
+    kv_heads,
+    project_embeddings,
+    stacks_of,
+    widths,
+)
 
 Init = Literal["auto", "random", "layers", "slice", "pca"]
 
 # In no attribute_map of transformers.
-_FFN_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim")
 _WIDTH_FOLLOWERS = ("embedding_size", "pooler_output_size")  # follow hidden_size where they were equal to it
 _STAGES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")  # layers of a backbone
 _BY_LAYER = ("layer_types", "mlp_layer_types", "indexer_types", "no_rope_layers", "layers_block_type")
-_FUSED = {  # equal parts that a projection stacks in one weight
-    "Wqkv": (3, "attention width"),
-    "c_attn": (3, "attention width"),
-    "Wi": (2, "intermediate_size"),
-    "gate_up_proj": (2, "intermediate_size"),
-}
 
 
 def build_student(
@@ -77,68 +80,67 @@ def build_student(
     base = base_of(teacher)
     if with_head and teacher is base:
         raise ValueError(f"the teacher is a {type(teacher).__name__}, which has no head for the student to have")
-    if not isinstance(base.config.num_attention_heads, int):
-        raise ValueError(
-            f"{type(base).__name__} has {base.config.num_attention_heads} heads, by stage: "
-            "a student is built of layers that are alike"
-        )
     layers = _choose_layers(base, num_layers, teacher_layers)
     config = _student_config(base, layers, hidden_size, num_heads, intermediate_size)
 
-    available, wanted = _widths(base.config), _widths(config)
-    enough_layers = len(layers) <= layers_of(base)
+    init = _resolve_init(init, base, config, teacher_layers, len(layers))
+    source = teacher if with_head else base
+    with torch.device("cpu"), _seeded(seed):
+        student = type(source)(config)
+    if init in ("layers", "slice"):
+        copy_weights(source, student, layers)
+    elif init == "pca":
+        project_embeddings(base, base_of(student))
+    return student
+
+
+def _resolve_init(
+    init: Init, base: PreTrainedModel, config: Any, teacher_layers: Sequence[int] | None, count: int
+) -> Init:
+    """What "auto" comes to, or the same; raises `ValueError` for a start that teacher and sizes do not allow."""
+    available, wanted = widths(base.config), widths(config)
+    enough_layers = count <= layers_of(base)
     if init == "auto":
         init = "layers" if available == wanted and enough_layers else "random"
     copies_layers = init in ("layers", "slice")
     if teacher_layers is not None and not copies_layers:
         raise ValueError(f"teacher_layers {list(teacher_layers)} is given, but the student's layers start random")
     if copies_layers and not enough_layers:
-        raise ValueError(f"init {init!r} takes {len(layers)} layers from a teacher that has {layers_of(base)}")
+        raise ValueError(f"init {init!r} takes {count} layers from a teacher that has {layers_of(base)}")
     for name in available:
         if init == "layers" and wanted[name] != available[name]:
             raise ValueError(f"init 'layers' copies {name} {available[name]}, the student's is {wanted[name]}")
         if init == "slice" and name != "num_heads" and wanted[name] > available[name]:
             raise ValueError(f"init 'slice' cannot widen {name} from {available[name]} to {wanted[name]}")
     if init == "pca":
-        _check_projection(base, config)
-
-    source = teacher if with_head else base
-    with torch.device("cpu"), _seeded(seed):
-        student = type(source)(config)
-    if copies_layers:
-        _copy_weights(source, student, layers)
-    elif init == "pca":
-        _project_embeddings(base, base_of(student))
-    return student
+        check_projection(base, config)
+    return init
 
 
-def freeze_unused(
-    student: PreTrainedModel, relations: Iterable[str] = ("qk", "vv"), *, output: bool = False
-) -> list[str]:
+def freeze_unused(student: PreTrainedModel, relations: Iterable[str] = ("qk", "vv")) -> list[str]:
     """Set `requires_grad=False` on what `relations` of the last layer never train; returns those parameters' names.
 
-    With `output` the student's head is trained as well, and only what neither reaches is frozen.
-
     That is the last layer after its projections (attention output, FFN, norms), a final norm, the pooler, and the value
-    projection if no relation has a "v": the authors' design (microsoft/unilm#525). They stay as initialised, and DDP
-    runs without `find_unused_parameters`. Found by one forward and backward on two tokens (or one image).
+    projection if no relation has a "v": the authors' design (microsoft/unilm#525).
+
+    Raises as `freeze_unreached`.
+    """
+    used = set("".join(relations))
+    with torch.enable_grad():
+        qkv = observe_probe(student, Needs(qkv=(-1,))).qkv[-1]
+    return freeze_unreached(student, sum(x.float().sum() for name, x in zip("qkv", qkv, strict=True) if name in used))
+
+
+def freeze_unreached(student: PreTrainedModel, loss: Tensor | int) -> list[str]:
+    """Set `requires_grad=False` on what has no gradient of `loss`; returns those parameters' names.
+
+    They stay as initialised, and DDP runs without `find_unused_parameters`.
 
     Raises:
         ValueError: a layer below the last of which nothing is reached, so that the gradient is cut on its way down.
     """
-    used = set("".join(relations))
-    with evaluating(student), torch.enable_grad():
-        heads: tuple[Tensor | None, ...] = ()
-        inputs = probe_inputs(student)
-        with model_tried(student, f"run on {student.main_input_name} alone", but=(ValueError,)):
-            if output:
-                qkv, heads = forward_with_output(student, inputs)
-            else:
-                qkv = attention_qkv(student, inputs)
-        reached = [tensor for name, tensor in zip("qkv", qkv, strict=True) if name in used]
-        total = sum(tensor.float().sum() for tensor in (*reached, *heads) if tensor is not None)
     trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(cast(Tensor, total), list(trainable.values()), allow_unused=True)
+    gradients = torch.autograd.grad(cast(Tensor, loss), list(trainable.values()), allow_unused=True)
     unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
     _check_layers_below(student, trainable.keys(), set(unused))
     for name in unused:
@@ -146,24 +148,16 @@ def freeze_unused(
     return unused
 
 
-def ends_as_teacher(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
-    """Whether all that `freeze_unused` froze of a base model, but for the pooler, is that of the teacher's last layer.
-
-    Then nothing is untrained: relations train what lies below, and what lies above knows the teacher's last layer.
-    """
-    given, last = teacher.state_dict(), [layers_of(teacher)] * layers_of(student)
-    stacks = _stacks(student, layers_of(student))
-    for name, parameter in student.named_parameters():
-        if not parameter.requires_grad and not name.startswith("pooler."):
-            source = given.get(_teacher_name(stacks, name, last))
-            if source is None or not torch.equal(source, parameter.to(source)):
-                return False
-    return True
+def observe_probe(model: PreTrainedModel, needs: Needs) -> Observed:
+    """What is needed of a model for the shortest input it takes, in eval mode. Raises `ValueError` if it fails."""
+    inputs = probe_inputs(model)
+    with evaluating(model), model_tried(model, f"run on {model.main_input_name} alone", but=(ValueError,)):
+        return observe(model, inputs, needs)
 
 
 def _check_layers_below(student: PreTrainedModel, trainable: Iterable[str], unused: set[str]) -> None:
     names = list(trainable)
-    for path in _stacks(student, layers_of(student)):
+    for path in stacks_of(student, layers_of(student)):
         for index in range(layers_of(student) - 1):
             of_layer = [name for name in names if name.startswith(f"{path}.{index}.")]
             if of_layer and unused.issuperset(of_layer):
@@ -171,16 +165,6 @@ def _check_layers_below(student: PreTrainedModel, trainable: Iterable[str], unus
                     f"the relations of layer {layers_of(student)} of {type(student).__name__} reach nothing in its "
                     f"layer {index + 1} ({path}.{index}): is the gradient cut between them, or does the layer not run?"
                 )
-
-
-def _stacks(model: nn.Module, depth: int) -> list[str]:
-    """The paths of the outermost lists of `depth` modules: the layers, and what else has as many parts."""
-    paths: list[str] = []
-    for path, module in model.named_modules():
-        is_stack = isinstance(module, nn.ModuleList) and len(module) == depth
-        if is_stack and not any(path.startswith(outer + ".") for outer in paths):
-            paths.append(path)
-    return paths
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
@@ -222,6 +206,11 @@ def _student_config(
     intermediate_size: int | None,
 ) -> Any:
     """A fresh config with the student's sizes (`to_dict` leaves out the attention implementation)."""
+    if not isinstance(base.config.num_attention_heads, int):
+        raise ValueError(
+            f"{type(base).__name__} has {base.config.num_attention_heads} heads, by stage: "
+            "a student is built of layers that are alike"
+        )
     teacher: Any = base.config
     values = teacher.to_dict()
     for name in ("architectures", "dtype", "quantization_config", "_name_or_path", *_STAGES):
@@ -239,17 +228,16 @@ def _student_config(
         if values.get(name) == teacher.hidden_size:
             values[name] = width
 
-    if _head_dim(teacher) * teacher.num_attention_heads == teacher.hidden_size:
+    if head_dim(teacher) * teacher.num_attention_heads == teacher.hidden_size:
         if width % heads:
             raise ValueError(f"hidden_size {width} is not divisible by num_heads {heads}")
         if values.get("head_dim") is not None:
             put("head_dim", width // heads)
     if "num_key_value_heads" in values:
-        kv_heads = _kv_heads(teacher)
-        grouped = kv_heads != teacher.num_attention_heads
-        values["num_key_value_heads"] = math.gcd(heads, kv_heads) if grouped else heads
+        groups = kv_heads(teacher)
+        values["num_key_value_heads"] = math.gcd(heads, groups) if groups != teacher.num_attention_heads else heads
 
-    ffn = next((name for name in _FFN_NAMES if name in values), None)
+    ffn = next((name for name in FFN_NAMES if name in values), None)
     if intermediate_size is not None:
         if ffn is None:
             raise ValueError(f"the config of {teacher.model_type!r} names no FFN size: leave out intermediate_size")
@@ -268,89 +256,9 @@ def _student_config(
 
 def _kinds(teacher: PreTrainedModel, in_config: list[str]) -> list[str]:
     """Sliding or full attention, layer by layer: as a layer says itself, which it keeps where others were taken out."""
-    stacks = _stacks(teacher, layers_of(teacher))
+    stacks = stacks_of(teacher, layers_of(teacher))
     layers = cast(nn.ModuleList, teacher.get_submodule(stacks[0])) if stacks else in_config
     return [getattr(layer, "attention_type", kind) for layer, kind in zip(layers, in_config, strict=False)]
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _widths(config: Any) -> dict[str, int]:
-    """Every number of rows or columns of a parameter in which teacher and student may differ."""
-    ffn = next((getattr(config, name) for name in _FFN_NAMES if getattr(config, name, None)), None)
-    return {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": ffn or int(config.hidden_size * getattr(config, "mlp_ratio", 4)),
-        "num_heads": config.num_attention_heads,
-        "head_dim": _head_dim(config),
-        "attention width": config.num_attention_heads * _head_dim(config),
-        "key-value width": _kv_heads(config) * _head_dim(config),
-    }
-
-
-def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: list[int]) -> None:
-    """Copy into the student, cutting where it is narrower. What the teacher lacks (a pooler) stays as initialised."""
-    have, want = _widths(teacher.config), _widths(student.config)
-    depth = layers_of(teacher)
-    stacks = [path for path in _stacks(student, len(layers)) if path in _stacks(teacher, depth)]
-    given = teacher.state_dict()
-    for name, target in student.state_dict().items():
-        source = given.get(_teacher_name(stacks, name, layers))
-        # What only the first layer holds (T5's position bias) or lacks (ModernBERT's norm) has no namesake there.
-        source = given.get(name) if source is None else source
-        if source is not None:
-            if name.endswith("contact_head.regression.weight"):  # ESM's, (1, layers * heads)
-                by_layer = source.unflatten(1, (depth, -1))
-                source = by_layer[:, [layer - 1 for layer in layers], : want["num_heads"]].flatten(1)
-            target.copy_(_cut(name, source, target.shape, have, want))
-
-
-def _check_projection(teacher: PreTrainedModel, config: Any) -> None:
-    words = teacher.get_input_embeddings()
-    if not isinstance(words, nn.Embedding):
-        raise ValueError(f"init 'pca' projects word embeddings, {type(teacher).__name__} has none")
-    wanted = getattr(config, "embedding_size", config.hidden_size)
-    if wanted > words.embedding_dim:
-        raise ValueError(f"init 'pca' cannot widen the embeddings from {words.embedding_dim} to {wanted}")
-
-
-@torch.no_grad()
-def _project_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    words, narrow = (cast(nn.Embedding, model.get_input_embeddings()) for model in (teacher, student))
-    centred = words.weight.double() - words.weight.double().mean(0)
-    components = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, : narrow.embedding_dim]
-    for name, table in teacher.named_modules():
-        if isinstance(table, nn.Embedding) and table.embedding_dim == words.embedding_dim:
-            student.get_parameter(f"{name}.weight").copy_(table.weight.double() @ components)
-
-
-def _teacher_name(stacks: list[str], name: str, layers: list[int]) -> str:
-    """`encoder.layer.0.x` -> `encoder.layer.1.x` where the student's first layer comes from the teacher's second."""
-    for path in stacks:
-        if name.startswith(path + "."):
-            index, rest = name[len(path) + 1 :].split(".", 1)
-            return f"{path}.{layers[int(index)] - 1}.{rest}"
-    return name
-
-
-def _cut(name: str, source: Tensor, shape: torch.Size, have: dict[str, int], want: dict[str, int]) -> Tensor:
-    """The first `shape` entries of `source`, of each part where a projection stacks several."""
-    parts, stacked = next((fused for module, fused in _FUSED.items() if f".{module}." in name), (1, ""))
-    narrower = {(have[width], want[width]) for width in have if want[width] <= have[width]}
-    for axis, (rows, kept) in enumerate(zip(source.shape, shape, strict=True)):
-        if stacked and (rows, kept) == (parts * have[stacked], parts * want[stacked]):
-            source = torch.cat([part.narrow(axis, 0, kept // parts) for part in source.chunk(parts, axis)], axis)
-        elif rows == kept or (rows, kept) in narrower:
-            source = source.narrow(axis, 0, kept)
-        else:
-            raise ValueError(f"init 'slice' does not know how to cut {name} from {rows} to {kept}")
-    return source
 
 
 @contextmanager

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from minilm.models.batches import Batch, token_mask
 from minilm.models.heads import ExampleOutput, Output, TokenOutput
+from minilm.models.observe import Needs, Observed
+from minilm.objectives.term import Term, Unit
 
 CHUNK_ELEMENTS = {"cuda": 1 << 24, "cpu": 1 << 22}  # logits of one model in a chunk of rows: 64 and 16 MiB in float32
 
@@ -62,6 +65,35 @@ def output_loss(
         rows_s, rows_t = (output.hidden.flatten(0, 1).index_select(0, index) for output in (student, teacher))
     total = soft_label_kl(rows_s, student.weight, student.bias, rows_t, teacher.weight, teacher.bias, temperature)
     return total, _count(rows_s)
+
+
+class SoftLabels(Term):
+    """L_OUT of the two models' heads as the part "output": its mean over the tokens, of classifiers over the examples.
+
+    Args:
+        unit: "tokens" of a vocabulary head, "examples" of a classifier.
+        weight: of the part in the loss.
+        temperature: T.
+
+    Raises:
+        ValueError, TypeError: a temperature as `check_temperature` refuses it.
+    """
+
+    teacher = student = Needs(output=True)
+
+    def __init__(self, unit: Unit, weight: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        self.unit = unit
+        self.parts = {"output": weight}
+        self.temperature = temperature
+
+    def forward(self, teacher: Observed, student: Observed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert teacher.output is not None
+        assert student.output is not None
+        total, count = output_loss(student.output, teacher.output, self.temperature, token_mask(batch))
+        mean = total / count.clamp(min=1)
+        return self.parts["output"] * mean, {"output": mean.detach()}
 
 
 def soft_label_kl(

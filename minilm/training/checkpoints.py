@@ -9,20 +9,18 @@ A rename happens or does not, so a kill at any moment leaves the checkpoints tha
 one, and a folder `_incomplete` that the next start or save removes. Only then are old checkpoints removed, through a
 rename into `_incomplete` too. `minilm.training.folders` says which are ours to remove.
 
-A signal is noted, and acted upon at the end of the optimiser step: between two micro-batches there are gradients that
-no checkpoint holds. The ranks take the maximum of what each has noted, so all of them stop after the same step.
+A signal (`minilm.training.signals`) is acted upon at the end of the optimiser step: between two micro-batches there are
+gradients that no checkpoint holds. The ranks take the maximum of what each has noted, so all of them stop after the
+same step.
 """
 
 import json
 import os
 import shutil
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -38,9 +36,8 @@ from minilm.errors import NonFiniteError
 from minilm.training.folders import ASIDE, STUDENT, close_aside, is_own, make_way, open_aside, publish
 from minilm.training.manifests import RUN, sync, write_manifest
 from minilm.training.runs import checkpoints_of, newest_intact, step_of
+from minilm.training.signals import Signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_SIGNAL_SECONDS = 1.0
 # safetensors has an error of its own for what the system refuses; torch.save's is a RuntimeError.
 FAILURES = (OSError, SafetensorError, RuntimeError)
 
@@ -72,7 +69,7 @@ class CheckpointingTrainer(Trainer):
     run_identity: dict[str, Any] | None = None  # JSON-able; see `minilm.training.runs.check_same_run`
     stopped_by: signal.Signals | None = None
 
-    _signals: "_Signals"
+    _signals: Signals
     _saving = False
     _saved_step: int | None = None
     _failed: Exception | None = None
@@ -97,7 +94,7 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             close_aside(Path(output))
         self.stopped_by = self._saved_step = None
-        with _Signals() as self._signals, self._without_the_trainers_removal():
+        with Signals() as self._signals, self._without_the_trainers_removal():
             try:
                 result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             except (DataError, NonFiniteError):
@@ -337,35 +334,3 @@ class _Stop(Exception):
     def __init__(self, by: signal.Signals) -> None:
         super().__init__(by)
         self.by = by
-
-
-class _Signals:
-    """While entered, in the main thread, the first SIGTERM or SIGINT is only noted; the next acts as before."""
-
-    def __init__(self) -> None:
-        self.noted = 0
-        self._since = 0.0
-        self._process = os.getpid()
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like want it ignored
-                    self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a data loader's worker: Ctrl-C reaches it too, its owner ends it by SIGTERM
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-        elif not self.noted:
-            self.noted, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > SAME_SIGNAL_SECONDS:
-            signal.signal(number, self._before[number])
-            signal.raise_signal(number)

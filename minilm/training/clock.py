@@ -2,19 +2,17 @@
 
 A moment is a CUDA event on a GPU, read when the times are asked for, and the wall clock elsewhere. The loss begins and
 ends twice in a step: in the forward around its call, in the backward from the gradient of the loss to the last gradient
-of q, k, v.
+of what it was computed from.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-
-from minilm.models.capture import QKV
 
 Moment = float | torch.cuda.Event
 
@@ -28,7 +26,7 @@ class LossClock:
         self._backward: tuple[Moment, Moment] | None = None
 
     @contextmanager
-    def forward(self, tensors: QKV) -> Iterator[None]:
+    def forward(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Around the call of the loss on tensors of its device; in an evaluation it is not counted."""
         if not self._watches() or not torch.is_grad_enabled():
             yield
@@ -37,7 +35,7 @@ class LossClock:
         yield
         self._spans.append((begin, _now(tensors[0])))
 
-    def backward(self, loss: Tensor, student: QKV) -> None:
+    def backward(self, loss: Tensor, student: Sequence[Tensor]) -> None:
         """Watches the backward from the loss to the student's tensors."""
         if not self._watches() or not loss.requires_grad:
             return

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 NEVER = 2**62
+LOSS, GRADIENTS, WEIGHTS = "loss", "gradients", "weights"  # what is watched beside the parts of the loss
 
 
 class FiniteWatch:
@@ -51,6 +52,14 @@ def all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
     flags = [torch.isfinite(tensor).all() for tensor in local]
     return torch.where(torch.stack(flags).all(), 1.0, torch.nan)
+
+
+def named_terms(terms: list[str], parts: list[str]) -> str:
+    """The terms with their verb: the losses, or where these are finite what came of them."""
+    losses = [term for term in terms if term in parts]
+    if losses or LOSS in terms:
+        return f"the loss ({', '.join(losses)}) is" if losses else "the loss is"
+    return "the norm of the gradients is" if GRADIENTS in terms else "weights of the student are"
 
 
 def without_nan(value: Any) -> Any:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny_models import tiny_encoder, tiny_model
 
+from minilm import MiniLMLoss
 from minilm.models.probes import is_causal
-from minilm.objectives import objectives
-from minilm.objectives.objectives import QKV, build_objective
+from minilm.objectives import systems
+from minilm.objectives.relations import Relations
+from minilm.objectives.systems import QKV, SYSTEMS
 
 
 def qkv(heads: int, dim: int, key_heads: int | None = None) -> QKV:
@@ -19,8 +21,17 @@ def qkv(heads: int, dim: int, key_heads: int | None = None) -> QKV:
     return one(heads), one(key_heads or heads), one(key_heads or heads)
 
 
+def criterion_of(name: str, teacher: QKV, student: QKV, **options: Any) -> MiniLMLoss:
+    """Of a system's relations, tried once."""
+    (relations,) = SYSTEMS[name](teacher, student, **options)
+    assert isinstance(relations, Relations)
+    assert relations.layers == {-1: -1}
+    relations.criterion(teacher, student)
+    return relations.criterion
+
+
 def test_minilm_is_qk_and_vv_with_the_models_own_heads() -> None:
-    criterion = build_objective("minilm", qkv(12, 64), qkv(12, 32))
+    criterion = criterion_of("minilm", qkv(12, 64), qkv(12, 32))
     assert (criterion.relations, criterion.relation_heads) == ({"qk": 1.0, "vv": 1.0}, None)
 
 
@@ -36,12 +47,12 @@ def test_minilm_is_qk_and_vv_with_the_models_own_heads() -> None:
 def test_minilm_v2_takes_four_heads_to_each_of_the_teachers(
     teacher: tuple[int, ...], student: tuple[int, ...], heads: int
 ) -> None:
-    criterion = build_objective("minilm-v2", qkv(*teacher), qkv(*student))
+    criterion = criterion_of("minilm-v2", qkv(*teacher), qkv(*student))
     assert (list(criterion.relations), criterion.relation_heads) == (["qq", "kk", "vv"], heads)
 
 
 def test_what_is_asked_for_comes_before_the_objectives_own() -> None:
-    criterion = build_objective(
+    criterion = criterion_of(
         "minilm-v2", qkv(4, 8), qkv(4, 8), relations={"qv": 2.0}, relation_heads=8, temperature=2.0, causal=True
     )
     assert (criterion.relations, criterion.relation_heads) == ({"qv": 2.0}, 8)
@@ -52,11 +63,11 @@ def test_what_does_not_fit_is_an_error_before_training() -> None:
     with pytest.raises(
         ValueError, match=r"neither 48 nor 12 .* the widths \[50, 768\] .* choose --relation_heads from 1, 2$"
     ):
-        build_objective("minilm-v2", qkv(12, 64), qkv(5, 10))
+        criterion_of("minilm-v2", qkv(12, 64), qkv(5, 10))
     with pytest.raises(ValueError, match=r"12 .* 6"):
-        build_objective("minilm", qkv(12, 64), qkv(6, 64))
+        criterion_of("minilm", qkv(12, 64), qkv(6, 64))
     with pytest.raises(ValueError, match="unknown relation 'qx'"):
-        build_objective("minilm", qkv(4, 8), qkv(4, 8), relations={"qx": 1.0})
+        criterion_of("minilm", qkv(4, 8), qkv(4, 8), relations={"qx": 1.0})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -109,5 +120,5 @@ def test_models_that_need_more_than_tokens_are_refused_in_a_sentence() -> None:
 
 
 def test_the_examples_of_the_documentation() -> None:
-    assert doctest.testmod(objectives).attempted > 0
-    assert doctest.testmod(objectives).failed == 0
+    assert doctest.testmod(systems).attempted > 0
+    assert doctest.testmod(systems).failed == 0

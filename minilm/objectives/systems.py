@@ -1,53 +1,83 @@
-"""The objectives by name, as the loss module that trains them.
-
-`minilm` (MiniLM, section 3.1 and 3.2): the attention relation QK and the value relation VV, head by head.
-`minilm-v2` (MiniLMv2, section 3.1): QQ, KK and VV over relation heads, so that head counts need not match.
-"""
+"""The systems: each an objective by name, a list of terms for a teacher and a student, with the paper's section."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from torch import Tensor
+from transformers import PreTrainedModel
 
+from minilm.models.capture import QKV
+from minilm.models.heads import has_vocabulary_head
 from minilm.objectives.loss import MiniLMLoss
+from minilm.objectives.outputs import SoftLabels, check_temperature
+from minilm.objectives.relations import Relations
+from minilm.objectives.term import Objective, Term, Unit
 from minilm.values import FLOAT32_MAX
 
-QKV = tuple[Tensor, Tensor, Tensor]
-RELATIONS = {"minilm": ("qk", "vv"), "minilm-v2": ("qq", "kk", "vv")}
+MINILM, MINILM_V2 = ("qk", "vv"), ("qq", "kk", "vv")
 
 
-def build_objective(
-    name: str,
+def minilm(
     teacher_qkv: QKV,
     student_qkv: QKV,
     *,
     relations: Mapping[str, float] | None = None,
     relation_heads: int | None = None,
-    temperature: float = 1.0,
+    teacher_layer: int = -1,
     causal: bool = False,
+    temperature: float = 1.0,
     implementation: str | None = None,
-) -> MiniLMLoss:
-    """The loss of an objective for a teacher and a student, tried once on their tensors.
+) -> list[Term]:
+    """MiniLM (sections 3.1 and 3.2): the attention relation QK and the value relation VV, head by head.
 
     Args:
-        name: "minilm" or "minilm-v2".
         teacher_qkv, student_qkv: (q, k, v) of any short input, each (B, H, N, D): they tell the heads and widths.
-        relations: weights by relation instead of the objective's own relations with weight 1.
-        relation_heads: of `minilm-v2` by default four to each of the teacher's heads, the paper's 48 for a base and 64
-            for a large teacher, and the teacher's own number where four times that does not divide both widths.
+        relations: weights by relation instead of the paper's relations with weight 1.
 
     Raises:
-        ValueError: heads or widths that do not fit, an unknown relation, an implementation that cannot run there.
+        ValueError: an unknown relation; relation heads that do not divide the widths.
     """
     if relation_heads is not None:
         _check_relation_heads(relation_heads, teacher_qkv, student_qkv)
-    elif name == "minilm-v2":
+    criterion = MiniLMLoss(relations or MINILM, relation_heads, causal, temperature, implementation=implementation)
+    return [Relations(criterion, {-1: teacher_layer})]
+
+
+def minilm_v2(
+    teacher_qkv: QKV,
+    student_qkv: QKV,
+    *,
+    relations: Mapping[str, float] | None = None,
+    relation_heads: int | None = None,
+    **options: Any,
+) -> list[Term]:
+    """MiniLMv2 (section 3.1): QQ, KK and VV over relation heads, so that head counts need not match.
+
+    Args: as in `minilm`, but for
+        relation_heads: by default four to each of the teacher's heads, the paper's 48 for a base and 64 for a large
+            teacher, and the teacher's own number where four times that does not divide both widths.
+    """
+    if relation_heads is None:
         relation_heads = _default_relation_heads(teacher_qkv, student_qkv)
-    criterion = MiniLMLoss(
-        relations or RELATIONS[name], relation_heads, causal, temperature, implementation=implementation
-    )
-    criterion(teacher_qkv, student_qkv)
-    return criterion
+    relations = relations or dict.fromkeys(MINILM_V2, 1.0)
+    return minilm(teacher_qkv, student_qkv, relations=relations, relation_heads=relation_heads, **options)
+
+
+SYSTEMS: dict[str, Callable[..., list[Term]]] = {"minilm": minilm, "minilm-v2": minilm_v2}
+
+
+def with_soft_labels(
+    terms: Iterable[Term], student: PreTrainedModel, weight: float, temperature: float = 1.0
+) -> Objective:
+    """The objective of these terms and, unless `weight` is 0, of the output loss (Hinton et al., section 2).
+
+    Raises `ValueError` for a student without a head, and for a temperature that is not positive or out of range.
+    """
+    check_temperature(temperature)
+    if not weight:
+        return Objective(terms)
+    unit: Unit = "tokens" if has_vocabulary_head(student) else "examples"
+    return Objective([*terms, SoftLabels(unit, weight, temperature)])
 
 
 def parse_relations(text: str) -> dict[str, float]:

@@ -1,0 +1,63 @@
+"""Self-attention relations of some layers (MiniLM, eq. 6 to 10), as a term."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from minilm.models.batches import Batch, relation_mask, relation_qkv
+from minilm.models.observe import Needs, Observed
+from minilm.objectives.loss import MiniLMLoss
+from minilm.objectives.term import Objective, Term, Unit
+
+LAST_TO_LAST = {-1: -1}
+
+
+class Relations(Term):
+    """The relation loss, summed over pairs of layers.
+
+    Args:
+        criterion: the relations and their weights.
+        layers: the student's layers, each with the teacher's; 1 to L or -1 to -L. By default the last ones (MiniLM,
+            section 3.1). Of several, the parts are named by relation and student layer: "qk_1".
+
+    Raises:
+        ValueError: another reduction than "sequence"; no pair of layers.
+    """
+
+    unit: Unit = "sequences"
+
+    def __init__(self, criterion: MiniLMLoss, layers: Mapping[int, int] = LAST_TO_LAST) -> None:
+        super().__init__()
+        if criterion.reduction != "sequence":
+            raise ValueError(
+                f"a step is the mean over its sequences: reduction must be 'sequence', not {criterion.reduction!r}"
+            )
+        if not layers:
+            raise ValueError(f"layers is {layers!r}: name at least one of the student's and one of the teacher's")
+        self.criterion = criterion
+        self.layers = dict(layers)
+        self.parts = {
+            self._name(relation, layer): weight for layer in layers for relation, weight in criterion.relations.items()
+        }
+        self.teacher = Needs(qkv=tuple(dict.fromkeys(layers.values())))
+        self.student = Needs(qkv=tuple(layers))
+        self.causal = criterion.causal
+
+    def _name(self, relation: str, layer: int) -> str:
+        return relation if len(self.layers) == 1 else f"{relation}_{layer}"
+
+    def forward(self, teacher: Observed, student: Observed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        losses: list[Tensor] = []
+        parts: dict[str, Tensor] = {}
+        for layer, of_teacher in self.layers.items():
+            pair = relation_qkv(teacher.qkv[of_teacher], batch), relation_qkv(student.qkv[layer], batch)
+            loss, values = self.criterion(*pair, **relation_mask(batch))
+            losses.append(loss)
+            parts |= {self._name(relation, layer): value for relation, value in values.items()}
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0], parts
+
+
+def criterion_of(objective: Objective) -> MiniLMLoss:
+    """The relations of an objective that has some."""
+    return next(term.criterion for term in objective if isinstance(term, Relations))

@@ -1,0 +1,75 @@
+"""A term of the tests' own; as a script, one step of it on each rank that torchrun starts, and a resume from there.
+
+python -m torch.distributed.run --nproc_per_node=2 own_term.py FOLDER BATCH ACCUMULATION
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+from one_step import LENGTHS, NO_DROPOUT, sequences, trainer
+from tiny_models import tiny_model
+from torch import Tensor, nn
+
+from minilm import MiniLMLoss
+from minilm.models.batches import Batch, token_mask
+from minilm.models.observe import Needs, Observed
+from minilm.objectives.relations import Relations
+from minilm.objectives.term import Objective, Term
+
+
+class HiddenMSE(Term):
+    """The student's first layer, projected, learns the teacher's second."""
+
+    unit, teacher, student = "tokens", Needs(hidden=(2,)), Needs(hidden=(1,))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = {"hidden_1": 0.5}
+        self.projection = nn.Linear(32, 32, bias=False)
+        nn.init.eye_(self.projection.weight)
+
+    def forward(self, teacher: Observed, student: Observed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = (self.projection(student.hidden[1]) - teacher.hidden[2]).square().mean(-1)
+        mask = token_mask(batch)
+        rows = rows if mask is None else rows[mask.bool()]
+        mean = rows.sum() / max(1, rows.numel())
+        return 0.5 * mean, {"hidden_1": mean.detach()}
+
+
+def one_step(folder: Path, batch: int, accumulation: int) -> None:
+    """Twelve sequences in one step, four of them empty; saves the student and what was logged, and resumes."""
+    run = trainer(
+        folder,
+        teacher=tiny_model("bert", **NO_DROPOUT),
+        criterion=Objective([Relations(MiniLMLoss()), HiddenMSE()]),
+        train_dataset=sequences((*LENGTHS, 4), empty=4),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=3,
+        learning_rate=0.1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    run.train()
+    run.save_model()
+    evaluation = run.evaluate(sequences())  # of seven, which two ranks do not share evenly
+    if run.args.should_save:
+        logged = {name: run.state.log_history[0][name] for name in ("loss", *run.parts)}
+        logged |= {f"eval_{name}": evaluation[f"eval_{name}"] for name in ("loss", *run.parts)}
+        (folder / "log.json").write_text(json.dumps(logged))
+    trained = run.terms[1].projection.weight
+    saved = trained.detach().clone()
+    with torch.no_grad():
+        trained.zero_()
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert torch.equal(run.terms[1].projection.weight, saved)
+    assert not torch.equal(saved, torch.eye(32))
+    run.end()
+
+
+if __name__ == "__main__":
+    one_step(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    gc.collect()  # what still holds gloo's group when the interpreter ends makes it abort
