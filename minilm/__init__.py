@@ -4,6 +4,7 @@ Everything is imported when it is first named: `import minilm` costs nothing.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from minilm.training.model import DistillationModel
     from minilm.training.trainer import DistillationTrainer
     from minilm_kernels import fused_minilm_loss, relation_kl
+
+    __version__: str
 
 # No name here may be a module's: importing the module would put it in the name's place.
 _HOMES = {
@@ -39,6 +42,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("fused-minilm")  # of the installed distribution
     if name not in _HOMES:
         raise AttributeError(f"module 'minilm' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

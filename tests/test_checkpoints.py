@@ -29,7 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from minilm.training import signals
 from minilm.training.checkpoints import CheckpointError, CheckpointingTrainer
-from minilm.training.folders import ASIDE, open_aside
+from minilm.training.folders import INCOMPLETE, open_aside
 from minilm.training.runs import MANIFEST, check_same_run, checkpoints_of, find_fault, newest_intact, starting_point
 
 STEPS = 8
@@ -211,7 +211,7 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path, killer: _
             found = names(tmp_path / "out")
             seen.append(found)
             left = [path.name for path in (tmp_path / "out").iterdir()]
-            assert set(left) <= {"checkpoint-2", "checkpoint-4", ASIDE}
+            assert set(left) <= {"checkpoint-2", "checkpoint-4", INCOMPLETE}
             newest, faults = newest_intact(tmp_path / "out")
             assert (newest, faults) == (tmp_path / "out" / found[-1], [])
             continue
@@ -231,11 +231,11 @@ def test_a_killed_process_is_continued_as_if_it_had_not_been(uninterrupted: Coun
     assert run.wait(timeout=120) == -signal.SIGKILL, run.stderr.read() if run.stderr else ""
     run.communicate()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
-    assert (tmp_path / ASIDE / "checkpoint-6" / "model.safetensors").exists()
+    assert (tmp_path / INCOMPLETE / "checkpoint-6" / "model.safetensors").exists()
 
     trainer = make(tmp_path)
     found = []
-    trainer.add_callback(AtStep(5, lambda: found.append((tmp_path / ASIDE).exists())))
+    trainer.add_callback(AtStep(5, lambda: found.append((tmp_path / INCOMPLETE).exists())))
     start = starting_point(tmp_path, "auto")
     assert start == tmp_path / "checkpoint-4"
     trainer.train(str(start))
@@ -303,7 +303,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(copied: Path) -> None:
 
 
 def test_what_an_earlier_attempt_left_is_in_no_checkpoint(tmp_path: Path) -> None:
-    left = tmp_path / ASIDE / "checkpoint-4"
+    left = tmp_path / INCOMPLETE / "checkpoint-4"
 
     def leave() -> None:
         open_aside(tmp_path)
@@ -314,7 +314,7 @@ def test_what_an_earlier_attempt_left_is_in_no_checkpoint(tmp_path: Path) -> Non
     trainer.train()
     assert not (tmp_path / "checkpoint-4" / "stray").exists()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
-    assert not (tmp_path / ASIDE).exists()
+    assert not (tmp_path / INCOMPLETE).exists()
 
 
 def test_the_hub_gets_a_checkpoint_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +380,7 @@ def test_saving_the_model_alone_raises_what_went_wrong(tmp_path: Path, monkeypat
 
 
 def test_the_first_checkpoint_may_be_the_one_that_fails(tmp_path: Path) -> None:
-    (tmp_path / ASIDE).touch()  # a file where the folder goes; root may write anywhere
+    (tmp_path / INCOMPLETE).touch()  # a file where the folder goes; root may write anywhere
     with pytest.raises(CheckpointError, match=r"that no run of ours has made.*; there is no intact checkpoint$"):
         make(tmp_path).train()
 

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from tiny_text import tiny_tokenizer
 
-from minilm.data.data import fingerprint_source, load_splits, load_texts, mixing_shares, split_heldout, tokenize
+from minilm.data.texts import fingerprint_source, load_splits, load_texts, mixing_shares, split_heldout, tokenize
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from conftest import CommandLine
 from transformers import AutoModel
 
 from minilm.cli import distill
-from minilm.training.folders import ASIDE, STUDENT, OccupiedError, claimed, close_aside, open_aside
+from minilm.training.folders import INCOMPLETE, STUDENT, OccupiedError, claimed, close_aside, open_aside
 from minilm.training.runs import find_fault
 from minilm.training.trainer import DistillationTrainer
 
@@ -51,7 +51,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -
 @pytest.mark.parametrize(
     "name",
     [
-        *("checkpoint-9/thesis.txt", "checkpoint-1/trainer.log", "checkpoint-5", f"{ASIDE}/notes.txt", ASIDE),
+        *("checkpoint-9/thesis.txt", "checkpoint-1/trainer.log", "checkpoint-5", f"{INCOMPLETE}/notes.txt", INCOMPLETE),
         *("generation_config.json", "chat_template.jinja", "vocab.txt", "modules.json", "metrics.json"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_file_that_came_while_training_is_left_alone_and_the_student_stays_asi
         patch.setattr(DistillationTrainer, "train", put)
         code, _, err = command(*flags, "--save_strategy", "no")
     assert (code, err.count("\n"), Path("out", name).read_text()) == (1, 1, "my own")
-    whole = Path("out", ASIDE, STUDENT)
+    whole = Path("out", INCOMPLETE, STUDENT)
     assert f"out/{name} was not written by this run and was left alone: the student is whole in {whole}" in err
     assert AutoModel.from_pretrained(whole).config.num_hidden_layers == 2
     Path("out", name).unlink()
@@ -160,7 +160,7 @@ def test_a_card_that_came_while_measuring_is_left_alone(
     monkeypatch.setattr(distill, "measure_speed", put)
     assert command(*flags)[0] == 0
     assert Path("out/README.md").read_text() == "my own"
-    assert Path("out", ASIDE, "report", "README.md").read_text().startswith("---")
+    assert Path("out", INCOMPLETE, "report", "README.md").read_text().startswith("---")
     assert "README.md in out was not written by this run and was left alone" in caplog.text
     assert Path("out/metrics.json").exists()
 
@@ -209,7 +209,7 @@ def test_what_goes_wrong_after_training_does_not_cost_the_student(
     assert not Path("out/metrics.json").exists()
     assert command(*flags, *RESUME)[0] == 0
     assert {"README.md", "report.md", "curves.png", "metrics.json"} <= {path.name for path in Path("out").iterdir()}
-    assert not Path("out", ASIDE).exists()
+    assert not Path("out", INCOMPLETE).exists()
 
 
 def test_a_kill_while_the_student_comes_to_its_place_costs_nothing(
@@ -238,7 +238,7 @@ def test_a_kill_while_the_student_comes_to_its_place_costs_nothing(
             patch.setattr(os, "link", killing)
             with pytest.raises(Killed):
                 command(*flags, *RESUME)
-        assert (Path("out", ASIDE, STUDENT, "model.safetensors")).read_bytes() == student
+        assert (Path("out", INCOMPLETE, STUDENT, "model.safetensors")).read_bytes() == student
         assert command(*flags, *RESUME)[0] == 0
         assert Path("out/model.safetensors").read_bytes() == student
 

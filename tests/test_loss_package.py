@@ -4,6 +4,7 @@ import doctest
 import os
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
@@ -41,6 +42,7 @@ def test_works_without_triton() -> None:
     """Its name is then an error, as nothing falls back."""
     program = f"""
 import sys
+import tomllib
 sys.modules["triton"] = None
 import torch
 from minilm import fused_minilm_loss
@@ -80,6 +82,11 @@ def test_public_names() -> None:
     assert minilm.fused_minilm_loss is minilm_kernels.fused_minilm_loss
     with pytest.raises(AttributeError, match="no_such_name"):
         minilm.no_such_name  # noqa: B018
+
+
+def test_version_is_the_projects() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert import_module("minilm").__version__ == project["version"]
 
 
 def test_public_names_are_not_shadowed_by_modules() -> None:

@@ -97,7 +97,7 @@ def test_faults_name_file_and_row(tmp_path: Path) -> None:
     fails(r"'.*a\.csv' has no column 'text'; .* from \['id;text'\]", "a.csv", b"id;text\n1;one\n")
     fails(r"the column 'id' of '.*a\.csv' holds nothing but numbers, not text", "a.csv", b"id,text\n1,one\n", "id")
     fails(r"'.*a\.csv' at row 2: unexpected end of data", "a.csv", b'text\none\n"two\n')
-    fails(r"'.*a\.txt' at row 1: the byte 0xff is not UTF-8; convert the file", "a.txt", "one".encode("utf-16"))
+    fails(r"'.*a\.txt' at row 1: the byte 0xe9 is not UTF-8; .* iconv -f latin1 -t", "a.txt", "né".encode("latin1"))
     fails(r"'.*a\.txt\.gz' at row [0-9]+: Compressed file ended", "a.txt.gz", gzip.compress(b"one\n" * 99)[:-9])
     fails(r"'.*a\.txt\.xz' at row 1: Input format not supported", "a.txt.xz", b"no archive")
     fails(r"'.*a\.txt\.zst' at row 1: .*(ZSTD|zstd|Zstd)", "a.txt.zst", b"no archive")
@@ -106,6 +106,14 @@ def test_faults_name_file_and_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"the column 'text' of '.*b\.parquet' holds int64, not text"):
         values(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_byte_order_mark_tells_what_to_convert_from(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffone\ntwo\n".encode(encoding))
+    with pytest.raises(DataError, match=rf"at row 1: the byte .* is not UTF-8; .* iconv -f {encoding[:6]} -t utf-8$"):
+        values(file)
 
 
 def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ class Arguments:
     run: RunArguments
     training: TrainingArguments
     demo: bool  # neither --teacher nor --data: the embedded demonstration
-    is_assistants: bool = False  # a run of a teacher, an assistant and a student: either of its halves
+    in_assistant_chain: bool = False  # a run of a teacher, an assistant and a student: either of its halves
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:

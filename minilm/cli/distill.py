@@ -59,11 +59,11 @@ class Run:
     claims: ExitStack = field(default_factory=ExitStack)  # on the output folders, given back when it is trained
 
 
-def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
+def prepare(arguments: Arguments, next_run: Arguments | None = None) -> Run:
     """Loads and builds all that a run needs, so that mistakes show before work starts.
 
     Args:
-        following: the run after this one, whose teacher this one's student will be; its sizes are tried too.
+        next_run: the run after this one, whose teacher this one's student will be; its sizes are tried too.
 
     Raises:
         ValueError: one sentence on what the arguments ask for and cannot have.
@@ -72,23 +72,21 @@ def prepare(arguments: Arguments, following: Arguments | None = None) -> Run:
         ModuleNotFoundError, FileNotFoundError: the demonstration's teacher or text is not installed.
     """
     with ExitStack() as claims:
-        for stage in (following, arguments):
+        for stage in (next_run, arguments):
             if stage is not None and stage.training.process_index == 0:
                 claims.enter_context(claimed(Path(str(stage.training.output_dir))))
-        run = _prepare(arguments, following)
+        run = _prepare(arguments, next_run)
         run.claims = claims.pop_all()
     return run
 
 
-def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
+def _prepare(arguments: Arguments, next_run: Arguments | None) -> Run:
     model, objective, training = arguments.model, arguments.objective, arguments.training
     output = Path(str(training.output_dir))
     checkpoint = starting_point(output, training.resume_from_checkpoint, CHECKPOINTED)
 
-    if following is not None:
-        starting_point(
-            Path(str(following.training.output_dir)), following.training.resume_from_checkpoint, CHECKPOINTED
-        )
+    if next_run is not None:
+        starting_point(Path(str(next_run.training.output_dir)), next_run.training.resume_from_checkpoint, CHECKPOINTED)
     check_arguments(training)
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
@@ -98,9 +96,9 @@ def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student", keep_value_errors=True):
         student, terms = _student_and_objective(arguments, teacher)
-    if following is not None:
+    if next_run is not None:
         with tried("cannot build the student", keep_value_errors=True):
-            _student_and_objective(following, student)
+            _student_and_objective(next_run, student)
     if arguments.data.packing:
         check_packable(teacher)
         check_packable(student)
@@ -146,7 +144,7 @@ def _prepare(arguments: Arguments, following: Arguments | None) -> Run:
         "serves": with_output or _serves(name, trainer),
         "pooling": list(sentences.pooling if sentences else MEAN),
         "sentence_files": sentences is not None and _same_width(teacher, student),
-        "is_assistants": arguments.is_assistants,
+        "is_assistants": arguments.in_assistant_chain,
         "processor": "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
         "teacher": {"name": model.teacher or TEACHER_NAME, **sizes(teacher)},
@@ -243,13 +241,13 @@ def _report(run: Run, agreement: Agreement | None, untrained: Any, batches: list
     return publish_report(output, metrics, trainer.state.log_history)
 
 
-def dry_run(arguments: Arguments, following: Arguments | None = None) -> str:
+def dry_run(arguments: Arguments, next_run: Arguments | None = None) -> str:
     """Builds everything as `prepare` does, takes three steps in a folder that is removed, and tells what they cost."""
     starting_point(Path(str(arguments.training.output_dir)), arguments.training.resume_from_checkpoint)
     check_arguments(arguments.training)  # with the strategies that the rehearsal's have not
     with tempfile.TemporaryDirectory() as folder:
         training = rehearsal_arguments(arguments.training, folder)
-        run = prepare(replace(arguments, training=training), following)
+        run = prepare(replace(arguments, training=training), next_run)
         with run.claims:
             training.eval_on_start = False
             run.metrics["student"]["name"] = arguments.training.output_dir

@@ -16,11 +16,11 @@ from transformers import (
 
 from minilm.cli.arguments import Arguments, DataArguments
 from minilm.cli.demo import docstrings
-from minilm.data.data import find_files, fingerprint_source, load_splits, split_heldout, tokenize
 from minilm.data.fingerprints import fingerprint_texts
 from minilm.data.images import find_images, fingerprint_images, load_images, stack_images
 from minilm.data.packing import PackingCollator, pack
 from minilm.data.streams import TextStream
+from minilm.data.texts import find_files, fingerprint_source, load_splits, split_heldout, tokenize
 from minilm.models.teachers import resolve_length
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor

@@ -71,4 +71,4 @@ def _stage(arguments: Arguments, training: dict[str, Any], **model: Any) -> Argu
     for name, value in training.items():
         setattr(changed, name, value)
     smaller = dataclasses.replace(arguments.model, **model)
-    return dataclasses.replace(arguments, model=smaller, training=changed, is_assistants=True)
+    return dataclasses.replace(arguments, model=smaller, training=changed, in_assistant_chain=True)

@@ -55,7 +55,7 @@ def _run(argv: Sequence[str] | None) -> int:
             run = prepare(*todo)
         if arguments.demo and main_process:
             print("Neither --teacher nor --data: this is the demonstration. For your own, see minilm-train --help.\n")
-        for following in [*todo[1:], None]:
+        for next_run in [*todo[1:], None]:
             if main_process:
                 print(overview(run.metrics), flush=True)
             report = train(run)
@@ -63,9 +63,9 @@ def _run(argv: Sequence[str] | None) -> int:
                 return _fail(f"stopped by {stopped.name} after a checkpoint was saved; {CONTINUE}", 128 + stopped)
             if report:
                 print(f"\n{report}")
-            if following:
+            if next_run:
                 with _refusals():
-                    run = prepare(following)
+                    run = prepare(next_run)
         run.trainer.end()
     except _RefusedError as error:
         return _fail(str(error), error.code)

@@ -16,10 +16,10 @@ import torch
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch import Tensor
 
-from minilm.data.data import fingerprint_hub, load_train_split, split_heldout
 from minilm.data.files import Chosen, training_files, walk
 from minilm.data.fingerprints import fingerprint_files
 from minilm.data.reading import DataError, faults_at
+from minilm.data.texts import fingerprint_hub, load_train_split, split_heldout
 
 
 def load_images(

@@ -5,6 +5,7 @@ CSV or TSV; or a row of an Arrow or Parquet table. Plain text, CSV and JSON may 
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -94,13 +95,24 @@ def faults_at(place: Callable[[], str]) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"cannot read {place()}: the byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file, for "
-            "example by iconv -f latin1 -t utf-8"
+            f"example by iconv -f {_encoding(error.object)} -t utf-8"
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"cannot read {place()}: no JSON ({error.msg} at character {error.colno})") from error
     except _FAULTS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"cannot read {place()}: {' '.join(reason.split()) or type(error).__name__}") from error
+
+
+def _encoding(line: bytes) -> str:
+    """What a line that is not UTF-8 may be in: a file's first one tells it by its byte-order mark."""
+    marks = {
+        codecs.BOM_UTF32_LE: "utf-32",  # before the UTF-16 mark that it begins with
+        codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16",
+        codecs.BOM_UTF16_BE: "utf-16",
+    }
+    return next((encoding for mark, encoding in marks.items() if line.startswith(mark)), "latin1")
 
 
 def _lines(path: Path) -> Iterator[str]:

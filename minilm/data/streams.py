@@ -28,7 +28,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from minilm.data.data import (
+from minilm.data.packing import Packer, PackingCollator, Row, row_features
+from minilm.data.reading import ROWS_AT_ONCE, DataError, faults_at, read_rows, try_file
+from minilm.data.texts import (
     HELDOUT_MAX,
     HELDOUT_SHARE,
     check_sources,
@@ -37,8 +39,6 @@ from minilm.data.data import (
     load_train_split,
     mixing_shares,
 )
-from minilm.data.packing import Packer, PackingCollator, Row, row_features
-from minilm.data.reading import ROWS_AT_ONCE, DataError, faults_at, read_rows, try_file
 
 TEXTS_AT_ONCE = 32  # tokenised together for packing
 CHOICES_AT_ONCE = 1024  # of the source, from one generator
@@ -148,7 +148,7 @@ class TextStream(IterableDataset[Batch]):
     Every file is opened, and its first rows are tried, before anything is read for training.
 
     Args:
-        sources, config, text_column: as for `minilm.data.data.load_texts`.
+        sources, config, text_column: as for `minilm.data.texts.load_texts`.
         tokenizer: it truncates to `max_length` tokens.
         batch_size: rows of a micro-batch.
         max_length: tokens of a text, or of a packed row, at most.
@@ -162,7 +162,7 @@ class TextStream(IterableDataset[Batch]):
 
     Raises:
         DataError: from an iteration, what cannot be read; one sentence with the file and the row.
-        ValueError: as `minilm.data.data.load_splits`; fewer texts than readers, where the source is short enough to
+        ValueError: as `minilm.data.texts.load_splits`; fewer texts than readers, where the source is short enough to
             count.
     """
 

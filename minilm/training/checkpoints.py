@@ -33,7 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 
 from minilm.data.reading import DataError
 from minilm.errors import NonFiniteError
-from minilm.training.folders import ASIDE, STUDENT, close_aside, is_own, make_way, open_aside, publish
+from minilm.training.folders import INCOMPLETE, STUDENT, close_aside, is_own, make_way, open_aside, publish
 from minilm.training.manifests import RUN, sync, write_manifest
 from minilm.training.runs import checkpoints_of, newest_intact, step_of
 from minilm.training.signals import Signals
@@ -147,7 +147,7 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        whole, part = run / name, run / ASIDE / name
+        whole, part = run / name, run / INCOMPLETE / name
         with self._on_all_ranks(run, str(whole)):
             if self.args.should_save:
                 open_aside(run)
@@ -160,7 +160,7 @@ class CheckpointingTrainer(Trainer):
                     (part / RUN).write_text(json.dumps(self.run_identity, indent=1), encoding="utf-8")
                 write_manifest(part, resumable=not self.args.save_only_model)
                 if is_own(whole, self.run_identity):  # left by a run that was continued from an earlier checkpoint
-                    whole.rename(run / ASIDE / "replaced")
+                    whole.rename(run / INCOMPLETE / "replaced")
                 elif os.path.lexists(whole):
                     make_way(whole)
                 part.rename(whole)
@@ -183,7 +183,7 @@ class CheckpointingTrainer(Trainer):
                 one of the model's: then the model stays whole in the folder that the sentence names.
         """
         run = Path(str(self.args.output_dir))
-        part, what = run / ASIDE / STUDENT, f"the student in {run}"
+        part, what = run / INCOMPLETE / STUDENT, f"the student in {run}"
         with self._on_all_ranks(run, what):
             if self.args.should_save:
                 open_aside(run)
@@ -224,7 +224,7 @@ class CheckpointingTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         run = str(super()._get_output_dir(trial))
-        return os.path.join(run, ASIDE) if self._saving else run
+        return os.path.join(run, INCOMPLETE) if self._saving else run
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's."""
@@ -275,7 +275,7 @@ class CheckpointingTrainer(Trainer):
         # Those of a later step, from before the return, go first.
         others.sort(key=lambda path: step_of(path) < self.state.global_step)
         for path in others[: max(0, len(checkpoints) - self._limit)]:
-            path.rename(run / ASIDE / path.name)
+            path.rename(run / INCOMPLETE / path.name)
 
     @contextmanager
     def _without_the_trainers_removal(self) -> Iterator[None]:

@@ -33,7 +33,7 @@ from minilm.training.manifests import (
     sync,
 )
 
-ASIDE = "_incomplete"  # the Trainer pushes nothing to the hub that begins with an underscore
+INCOMPLETE = "_incomplete"  # the Trainer pushes nothing to the hub that begins with an underscore
 MARK = ".minilm"  # made first and removed last, so that what a kill leaves of `_incomplete` is known as ours
 STUDENT = "student"
 RECORD = ".minilm.json"
@@ -100,7 +100,7 @@ os.register_at_fork(after_in_child=_leave_claims_to_the_parent)
 
 def aside_is_ours(output: Path) -> bool:
     """Whether `_incomplete` is not there, or is a run's, or is empty."""
-    aside = output / ASIDE
+    aside = output / INCOMPLETE
     if not os.path.lexists(aside):
         return True
     return not aside.is_symlink() and aside.is_dir() and ((aside / MARK).exists() or not any(aside.iterdir()))
@@ -109,7 +109,7 @@ def aside_is_ours(output: Path) -> bool:
 def open_aside(output: Path) -> Path:
     """A new `_incomplete`; what a run has left in it is removed. Raises `FileExistsError` if it is not a run's."""
     close_aside(output)
-    aside = output / ASIDE
+    aside = output / INCOMPLETE
     if os.path.lexists(aside):
         raise FileExistsError(errno.EEXIST, "there is a file or folder that no run of ours has made", str(aside))
     aside.mkdir(parents=True)
@@ -119,7 +119,7 @@ def open_aside(output: Path) -> Path:
 
 def close_aside(output: Path) -> None:
     """Removes `_incomplete`, if it is a run's."""
-    aside = output / ASIDE
+    aside = output / INCOMPLETE
     if not os.path.lexists(aside) or not aside_is_ours(output):
         return
     for path in aside.iterdir():
@@ -152,7 +152,7 @@ def make_way(path: Path) -> None:
 
 def whole_student(output: Path) -> Path | None:
     """The student that a run has saved whole and not put in its place, if there is one."""
-    student = output / ASIDE / STUDENT
+    student = output / INCOMPLETE / STUDENT
     return student if aside_is_ours(output) and (student / MANIFEST).is_file() else None
 
 

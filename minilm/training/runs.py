@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minilm.training.folders import ASIDE, aside_is_ours, foreign, whole_student
+from minilm.training.folders import INCOMPLETE, aside_is_ours, foreign, whole_student
 from minilm.training.folders import OccupiedError as OccupiedError
 from minilm.training.manifests import MANIFEST as MANIFEST
 from minilm.training.manifests import RUN, differing, digest, read_manifest
@@ -98,7 +98,9 @@ def _check_names(output: Path, *, fresh: bool) -> None:
     if fresh and (output / "config.json").exists():
         raise OccupiedError(f"{output} holds a model already: choose another --output_dir")
     if not aside_is_ours(output):
-        raise OccupiedError(f"{output} holds a {ASIDE}, which no run has made: move it, or choose another --output_dir")
+        raise OccupiedError(
+            f"{output} holds a {INCOMPLETE}, which no run has made: move it, or choose another --output_dir"
+        )
     taken = (name for name in RESULTS if os.path.lexists(output / name)) if fresh else iter(foreign(output, RESULTS))
     if found := next(taken, None):
         raise OccupiedError(f"{output} holds a {found}, which the run would overwrite: choose another --output_dir")
