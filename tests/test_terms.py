@@ -13,7 +13,7 @@ from own_term import HiddenMSE, one_step
 from test_trainer import StopAt, assert_close, weights
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor
-from transformers import AutoModel, Trainer
+from transformers import AutoModel, Trainer, TrainerState
 
 from minilm import MiniLMLoss, attention_qkv, fused_minilm_loss
 from minilm.models.observe import Needs, observe
@@ -21,6 +21,7 @@ from minilm.objectives.outputs import SoftLabels
 from minilm.objectives.relations import Relations
 from minilm.objectives.term import Objective
 from minilm.training.overrides import OVERRIDDEN
+from minilm.training.progress import DistillationProgress
 from minilm.training.saving import OBJECTIVE
 from minilm.training.trainer import DistillationTrainer
 
@@ -107,6 +108,23 @@ def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path
     for other, log in zip(others, logged[1:], strict=True):
         assert_close(other, first, rtol=1e-5, atol=1e-6)
         assert log == pytest.approx(logged[0], rel=1e-5)
+
+
+def test_the_bar_shows_the_parts_and_an_evaluation_a_line() -> None:
+    class Bar:
+        shown: list[str] = []  # noqa: RUF012
+        set_postfix_str = write = shown.append
+
+    bar = DistillationProgress(["hidden_1"])
+    bar.training_bar = Bar
+    state = TrainerState(global_step=3)
+    logs = {"loss": 1.5, "grad_norm": 2.0, "hidden_1": 3.0, "tokens_per_second": 1234.0, "epoch": 1}
+    bar.on_log(None, state, None, logs)
+    bar.on_log(None, state, None, {"eval_loss": 0.5, "eval_hidden_1": 1.0, "eval_runtime": 1.0})
+    assert Bar.shown == [
+        "loss 1.5000, hidden_1 3.0000, 1,234 tokens/s",
+        "step 3: held-out loss 0.5000, hidden_1 1.0000",
+    ]
 
 
 def test_relations_of_several_layers_are_summed_and_named_by_the_students(tmp_path: Path) -> None:
