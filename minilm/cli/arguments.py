@@ -1,20 +1,18 @@
 """The flags of `minilm-train`: its own, and all of `transformers.TrainingArguments`."""
 
 import difflib
-import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from minilm.cli import recipes
+from minilm.cli.checks import MODES, find_data_flag, find_meaningless, find_missing
 from minilm.cli.demo import OUTPUT_DIR
 from minilm.errors import reason
-from minilm.values import find_fault
 
 DESCRIPTION = """\
 Distil a Transformer into a small one by its self-attention relations (MiniLM).
@@ -50,10 +48,6 @@ DEMO: dict[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 1,
 }
-
-# Not given, or this one: which cannot be.
-MODES = {"do_train": False, "do_eval": False, "do_predict": True}
-JSON_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # may also be the name of a file
 
 
 def _about(help: str, metavar: str | None = None) -> dict[str, str]:
@@ -228,6 +222,11 @@ class Arguments:
     in_assistant_chain: bool = False  # a run of a teacher, an assistant and a student: either of its halves
 
 
+def own_arguments(arguments: Arguments) -> dict[str, Any]:
+    """By name, those that are no `TrainingArguments` and tell what is trained."""
+    return asdict(arguments.model) | asdict(arguments.data) | asdict(arguments.objective)
+
+
 def parse(argv: Sequence[str] | None = None) -> Arguments:
     """Arguments of a run; a wrong flag or value ends the process with one line and exit code 2, as argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -251,7 +250,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     if given.list_recipes:
         print(recipes.listing())
         parser.exit()
-    if problem := _meaningless(given, parser, groups):
+    if problem := find_meaningless(given, parser, groups):
         parser.error(problem)
     demo = given.teacher is None and given.data is None
     if demo:
@@ -264,45 +263,10 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         parser.error(reason(error))
     if unknown:
         parser.error(_unknown(unknown, parser))
-    if problem := _of_data_alone(given) if demo else _missing(given):
+    if problem := find_data_flag(given) if demo else find_missing(given):
         parser.error(problem)
     model, data, objective, run, training = parsed
     return Arguments(model, data, objective, run, training, demo)
-
-
-def _meaningless(given: Namespace, parser: HfArgumentParser, groups: Sequence[type]) -> str | None:
-    """What no flag takes: nothing, a number out of its range, a mode that there is not, something that is no JSON."""
-    for name, value in vars(given).items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not text.strip() and value != parser.get_default(name):
-                return f"--{name} is empty: give it a value, or leave it out"
-    if fault := find_fault(vars(given), groups):
-        return f"--{fault.name} is {fault.value}: it {fault.must}"
-    for name, wrong in MODES.items():
-        if getattr(given, name) is wrong:
-            return f"--{name} {str(wrong).lower()} cannot be had: minilm-train trains and evaluates, and nothing else"
-    for name in TrainingArguments._VALID_DICT_FIELDS:
-        if isinstance(value := getattr(given, name), str) and (problem := _no_json(name, value)):
-            return problem
-    return None
-
-
-def _no_json(name: str, value: str) -> str | None:
-    """Of a flag that takes JSON, and some also a file of it: transformers would not name it."""
-    if not value.startswith("{"):
-        if name not in JSON_FILES:
-            return f"--{name} is {value!r}: it must be JSON, as in '{{\"name\": 1}}'"
-        if not Path(value).is_file():
-            return f"--{name} is {value!r}: there is no such file"
-    try:
-        json.loads(value if value.startswith("{") else Path(value).read_bytes(), parse_constant=_no_number)
-    except (ValueError, OSError) as error:
-        return f"--{name} is {value!r}, which cannot be read as JSON: {error}"
-    return None
-
-
-def _no_number(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number in JSON")
 
 
 def _is_unicode(argument: str) -> bool:
@@ -311,32 +275,6 @@ def _is_unicode(argument: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _of_data_alone(given: Any) -> str | None:
-    """What the demonstration, whose text is fixed, has no use for."""
-    for flag in ("streaming", "data_weights", "data_config"):
-        if getattr(given, flag):
-            return f"--{flag} is given without --data"
-    return None
-
-
-def _missing(given: Any) -> str | None:
-    """What a run of one's own cannot do without."""
-    if given.teacher is None:
-        return "--data is given without --teacher"
-    if given.data is None:
-        return "--teacher is given without --data"
-    if given.output_dir is None:
-        return "--output_dir is missing: the folder for the student, its checkpoints and the report"
-    sizes = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
-    if all(getattr(given, f"student_{size}") is None for size in sizes):
-        return "the student's size is missing: --student_num_layers, --student_hidden_size or both"
-    if given.streaming and not given.max_steps > 0:
-        return f"--streaming needs --max_steps, which is {given.max_steps}: a stream has no end"
-    if given.data_weights is not None and len(given.data_weights) != len(given.data):
-        return f"--data_weights has {len(given.data_weights)} numbers for {len(given.data)} --data"
-    return None
 
 
 def _unknown(unknown: list[str], parser: HfArgumentParser) -> str:

@@ -6,23 +6,24 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from minilm.cli.arguments import Arguments
+from minilm.cli.adapt import adapt
+from minilm.cli.arguments import Arguments, own_arguments
 from minilm.cli.demo import TEACHER_NAME, teacher_folder
 from minilm.cli.identity import run_identity, sizes
-from minilm.cli.inputs import load_inputs
+from minilm.cli.inputs import Inputs, Processor, load_inputs
 from minilm.cli.rehearsal import rehearsal_arguments, rehearse
 from minilm.cli.report import Metrics, overview, publish_report
+from minilm.cli.serving import serves
 from minilm.cli.trial import try_out
-from minilm.data.streams import TextStream
 from minilm.errors import reason, tried
 from minilm.models.agreement import FEWEST_TEXTS, Agreement
 from minilm.models.batches import check_packable
@@ -41,11 +42,23 @@ from minilm.objectives.term import Objective
 from minilm.training.arguments import check_arguments
 from minilm.training.checkpoints import CheckpointError
 from minilm.training.folders import claimed
-from minilm.training.runs import METRICS, check_resume, check_same_run, starting_point
+from minilm.training.runs import check_resume, check_same_run, starting_point
 from minilm.training.trainer import DistillationTrainer
 
 SPEED_BATCHES, SPEED_SECONDS = 8, 3.0
 CHECKPOINTED = ("config.json",)  # beside what every checkpoint has
+
+
+class Models(NamedTuple):
+    """The teacher as it was loaded, the student as it starts, and what it learns."""
+
+    name: str  # of the teacher, or its folder
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    objective: Objective
+    processor: Processor
+    saved_processor: Any  # as it is saved with the student
+    sentences: SentenceFiles | None  # of the teacher
 
 
 @dataclass
@@ -81,17 +94,38 @@ def prepare(arguments: Arguments, next_run: Arguments | None = None) -> Run:
 
 
 def _prepare(arguments: Arguments, next_run: Arguments | None) -> Run:
-    model, objective, training = arguments.model, arguments.objective, arguments.training
-    output = Path(str(training.output_dir))
-    checkpoint = starting_point(output, training.resume_from_checkpoint, CHECKPOINTED)
-
+    training = arguments.training
+    checkpoint = _starting_point(training)
     if next_run is not None:
-        starting_point(Path(str(next_run.training.output_dir)), next_run.training.resume_from_checkpoint, CHECKPOINTED)
+        _starting_point(next_run.training)
     check_arguments(training)
+    models = _build(arguments, next_run)
+    with training.main_process_first(desc="reading the data"):
+        inputs = load_inputs(arguments, models.teacher, models.processor)
+    identity = run_identity(
+        arguments, criterion_of(models.objective), models.teacher, models.student, inputs.fingerprint
+    )
+    if checkpoint:
+        check_same_run(checkpoint, identity)
+        check_resume(checkpoint, training)
+    adapt(training, inputs, models.teacher, evaluate_untrained=not arguments.run.dry_run)
+    trainer = _make_trainer(arguments, models, inputs)
+    try_out(trainer)
+    trainer.run_identity = identity
+    if checkpoint:
+        trainer.load_rank_state(checkpoint)  # here, where what does not fit is told before any work
+    return Run(trainer, checkpoint, _known(arguments, models, inputs, trainer, checkpoint), models.sentences)
 
+
+def _starting_point(training: TrainingArguments) -> Path | None:
+    return starting_point(Path(str(training.output_dir)), training.resume_from_checkpoint, CHECKPOINTED)
+
+
+def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
+    """Loads the teacher, builds the student and the loss, and that of the next run too."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
-    with_output = objective.output_weight > 0
-    name = model.teacher or str(teacher_folder())
+    with_output = arguments.objective.output_weight > 0
+    name = arguments.model.teacher or str(teacher_folder())
     teacher, processor, saved_processor = read_teacher(name, head=with_output)
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student", keep_value_errors=True):
@@ -104,66 +138,55 @@ def _prepare(arguments: Arguments, next_run: Arguments | None) -> Run:
         check_packable(student)
         if with_output and not has_vocabulary_head(teacher):
             raise ValueError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
-    with training.main_process_first(desc="reading the data"):
-        inputs = load_inputs(arguments, teacher, processor)
-    criterion = criterion_of(terms)
-    identity = run_identity(arguments, criterion, teacher, student, inputs.fingerprint)
-    if checkpoint:
-        check_same_run(checkpoint, identity)
-        check_resume(checkpoint, training)
+    return Models(name, teacher, student, terms, processor, saved_processor, sentences)
 
-    _check_a_batch(training, inputs.train, inputs.heldout)
-    training.eval_on_start = True  # the untrained student's losses, for the report
-    training.dataloader_pin_memory &= training.device.type != "cpu"  # where it does nothing but warn
-    if teacher.main_input_name == "pixel_values":
-        training.remove_unused_columns = False  # pixels are made of the column "image" when it is read
-        _do_not_group(training)  # images have one size
-    if isinstance(inputs.train, TextStream):
-        training.ignore_data_skip = True  # the stream goes on by itself from where it was
-        _do_not_group(training)
+
+def _make_trainer(arguments: Arguments, models: Models, inputs: Inputs) -> DistillationTrainer:
+    training = arguments.training
     with tried("cannot build the trainer", keep_value_errors=True):
-        trainer = DistillationTrainer(
-            teacher=teacher,
-            student=student,
-            criterion=terms,
+        return DistillationTrainer(
+            teacher=models.teacher,
+            student=models.student,
+            criterion=models.objective,
             args=training,
             greater_is_better=bool(training.greater_is_better),
             train_dataset=inputs.train,
             eval_dataset=inputs.heldout,
-            processing_class=saved_processor,
+            processing_class=models.saved_processor,
             data_collator=inputs.collator,
         )
-    try_out(trainer)
-    metrics = {
+
+
+def _known(
+    arguments: Arguments, models: Models, inputs: Inputs, trainer: DistillationTrainer, checkpoint: Path | None
+) -> Metrics:
+    """The metrics that are known before training."""
+    objective, training = arguments.objective, arguments.training
+    teacher, student, sentences = models.teacher, models.student, models.sentences
+    at_once = training.train_batch_size * training.world_size
+    device = training.device
+    criterion = criterion_of(models.objective)
+    return {
         "objective": objective.objective,
         "relations": criterion.relations,
         "relation_heads": criterion.relation_heads,
         "output_weight": objective.output_weight,
-        "parts": terms.parts,
+        "parts": models.objective.parts,
         "auto_class": auto_class(student).__name__,
-        "serves": with_output or _serves(name, trainer),
+        "serves": objective.output_weight > 0 or serves(models.name, trainer),
         "pooling": list(sentences.pooling if sentences else MEAN),
         "sentence_files": sentences is not None and _same_width(teacher, student),
         "is_assistants": arguments.in_assistant_chain,
-        "processor": "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "image processor",
+        "processor": "tokenizer" if isinstance(models.processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
-        "teacher": {"name": model.teacher or TEACHER_NAME, **sizes(teacher)},
+        "teacher": {"name": arguments.model.teacher or TEACHER_NAME, **sizes(teacher)},
         "student": {"name": training.output_dir, **sizes(student)},
         "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
-        "data": inputs.description
-        | {
-            "sequences_per_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        },
+        "data": inputs.description | {"sequences_per_step": at_once * training.gradient_accumulation_steps},
         "steps_before_resuming": _step(checkpoint) if checkpoint else 0,
-        "device": torch.cuda.get_device_name(training.device)
-        if training.device.type == "cuda"
-        else training.device.type,
-        "arguments": _as_dict(arguments),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "arguments": own_arguments(arguments) | training.to_dict(),  # type: ignore[no-untyped-call]
     }
-    trainer.run_identity = identity
-    if checkpoint:
-        trainer.load_rank_state(checkpoint)  # here, where what does not fit is told before any work
-    return Run(trainer, checkpoint, metrics, sentences)
 
 
 def train(run: Run) -> str | None:
@@ -249,30 +272,8 @@ def dry_run(arguments: Arguments, next_run: Arguments | None = None) -> str:
         training = rehearsal_arguments(arguments.training, folder)
         run = prepare(replace(arguments, training=training), next_run)
         with run.claims:
-            training.eval_on_start = False
             run.metrics["student"]["name"] = arguments.training.output_dir
             return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
-
-
-def _check_a_batch(training: TrainingArguments, train: Any, heldout: Any) -> None:
-    """Raises `ValueError` where all sequences together are dropped as an incomplete batch."""
-    if not training.dataloader_drop_last:
-        return
-    batch = training.train_batch_size * training.world_size
-    if not isinstance(train, TextStream) and len(train) < batch:
-        raise ValueError(f"dataloader_drop_last drops all {len(train)} sequences: they make no batch of {batch}")
-    batch = training.eval_batch_size * training.world_size
-    if len(heldout) < batch:
-        raise ValueError(
-            f"dataloader_drop_last drops all {len(heldout)} held-out sequences: they make no batch of {batch}; leave "
-            "it out or lower --per_device_eval_batch_size"
-        )
-
-
-def _do_not_group(training: TrainingArguments) -> None:
-    """By length; under both names that transformers 5 has had for it."""
-    training.train_sampling_strategy = "random"
-    training.group_by_length = False  # type: ignore[attr-defined]
 
 
 def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, Objective]:
@@ -323,28 +324,8 @@ def _agreement(trainer: DistillationTrainer, pooling: Sequence[str]) -> Agreemen
     return Agreement(base_of(trainer.teacher), heldout, collate, trainer.args.per_device_eval_batch_size, pooling)
 
 
-def _serves(teacher: str, trainer: DistillationTrainer) -> bool:
-    """Whether a student that relations alone have trained is of use before it is fine-tuned."""
-    of_last = trainer.teacher_layer == num_layers(trainer.teacher)
-    return of_last and _serves_itself(teacher) and ends_as_teacher(base_of(trainer.teacher), base_of(trainer.student))
-
-
-def _serves_itself(teacher: str) -> bool:
-    """False for a student of ours, an assistant for one, that says that it does not."""
-    try:
-        metrics = json.loads((Path(teacher) / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none there, or another program's
-        return True
-    return not isinstance(metrics, dict) or metrics.get("serves") is not False
-
-
 def _same_width(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
     return bool(teacher.config.hidden_size == student.config.hidden_size)
-
-
-def _as_dict(arguments: Arguments) -> dict[str, Any]:
-    own = asdict(arguments.model) | asdict(arguments.data) | asdict(arguments.objective)
-    return own | arguments.training.to_dict()  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _evaluations(trainer: DistillationTrainer) -> list[dict[str, Any]]:

@@ -1,13 +1,12 @@
 """What makes a run the run that it is: every argument but those that may change when it is continued."""
 
 import hashlib
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from minilm.cli.arguments import Arguments
+from minilm.cli.arguments import Arguments, own_arguments
 from minilm.models.layers import num_layers, resolve_layer
 from minilm.objectives.loss import MiniLMLoss
 
@@ -50,7 +49,7 @@ def run_identity(
         data: the fingerprint of what is trained on.
     """
     training = arguments.training
-    own = asdict(arguments.model) | asdict(arguments.data) | asdict(arguments.objective)
+    own = own_arguments(arguments)
     theirs: dict[str, Any] = training.to_dict()  # type: ignore[no-untyped-call]
     at_once = training.train_batch_size * training.world_size
     return {

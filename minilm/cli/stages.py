@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minilm.cli.arguments import Arguments
+from minilm.cli.arguments import Arguments, own_arguments
 from minilm.training.runs import METRICS, OccupiedError, check_equal, starting_point
 
 ASSISTANT = "assistant"  # the folder of the first run, in the output folder
@@ -61,8 +61,7 @@ def _check_assistant(folder: Path, arguments: Arguments, resume: str | None) -> 
             "continue, or choose another --output_dir"
         )
     saved = json.loads((folder / METRICS).read_text(encoding="utf-8"))["arguments"]
-    own = (arguments.model, arguments.objective, arguments.data)
-    wanted = {name: value for part in own for name, value in dataclasses.asdict(part).items()}
+    wanted = own_arguments(arguments)
     check_equal(folder, {name: saved.get(name, "not set") for name in wanted}, wanted)
 
 
