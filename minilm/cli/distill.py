@@ -29,13 +29,11 @@ from minilm.models.agreement import FEWEST_TEXTS, Agreement
 from minilm.models.batches import check_packable
 from minilm.models.embeddings import MEAN, SentenceFiles, sentence_files
 from minilm.models.heads import check_output, has_vocabulary_head
-from minilm.models.layers import num_layers
 from minilm.models.observe import Needs
 from minilm.models.probes import base_of, check_no_films, is_causal, probe_inputs
 from minilm.models.speed import measure_speed
 from minilm.models.students import build_student, count_parameters, observe_probe
 from minilm.models.teachers import auto_class, quiet, read_teacher
-from minilm.models.weights import ends_as_teacher
 from minilm.objectives.relations import criterion_of
 from minilm.objectives.systems import SYSTEMS, parse_relations, with_soft_labels
 from minilm.objectives.term import Objective
