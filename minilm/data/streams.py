@@ -28,13 +28,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from minilm.data.files import Chosen
 from minilm.data.packing import Packer, PackingCollator, Row, row_features
 from minilm.data.reading import ROWS_AT_ONCE, DataError, faults_at, read_rows, try_file
 from minilm.data.texts import (
     HELDOUT_MAX,
     HELDOUT_SHARE,
-    check_sources,
-    find_files,
+    Found,
+    find_sources,
     heldout_size,
     load_train_split,
     mixing_shares,
@@ -159,6 +160,7 @@ class TextStream(IterableDataset[Batch]):
         rank, world_size: of the process among those that train together.
         num_workers: of the loader.
         heldout: how many texts to hold out.
+        found: as for `minilm.data.texts.load_splits`.
 
     Raises:
         DataError: from an iteration, what cannot be read; one sentence with the file and the row.
@@ -183,6 +185,7 @@ class TextStream(IterableDataset[Batch]):
         world_size: int = 1,
         num_workers: int = 0,
         heldout: int = HELDOUT_MAX,
+        found: Found | None = None,
     ) -> None:
         shares = mixing_shares(sources, weights if weights is not None else [1] * len(sources))
         for name, value in {"batch_size": batch_size, "shuffle_buffer": shuffle_buffer}.items():
@@ -197,8 +200,8 @@ class TextStream(IterableDataset[Batch]):
         self.rank = rank
         self.num_workers = num_workers
         self.readers = world_size * self._workers
-        check_sources(sources)
-        shards = [_shards(source, config, text_column) for source in sources]
+        found = find_sources(sources) if found is None else found
+        shards = [_shards(source, chosen, config, text_column) for source, chosen in found.items()]
         parts = [
             _hold_out(source, text_column, files, max(1, round(share * heldout)))
             for source, files, share in zip(sources, shards, shares, strict=True)
@@ -327,9 +330,9 @@ class TextStream(IterableDataset[Batch]):
         return dict(self.tokenizer(texts, truncation=True, max_length=self.max_length, **options))
 
 
-def _shards(source: str, config: str | None, column: str) -> list[Shard]:
+def _shards(source: str, chosen: Chosen | None, config: str | None, column: str) -> list[Shard]:
     """The files of a source in their order, tried to have a text column."""
-    if chosen := find_files(source):
+    if chosen:
         for file in chosen.files:
             try_file(file, column)
         return [Shard(partial(read_rows, file, column)) for file in chosen.files]
