@@ -193,11 +193,8 @@ class TextStream(IterableDataset[Batch]):
         self._shares = shares
         if weights is None:
             self._sources, self._shares = [list(itertools.chain(*self._sources))], [1.0]
-        for left in [sum(part.left for part in parts)] if weights is None else [part.left for part in parts]:
-            if left < self.readers:
-                raise ValueError(
-                    f"a source has {left} texts to train on, fewer than the stream's {self.readers} readers"
-                )
+        lefts = [part.left for part in parts]
+        _check_readers([sum(lefts)] if weights is None else lefts, self.readers)
         self._settings = {
             "sources": list(sources),
             "config": config,
@@ -309,6 +306,13 @@ class TextStream(IterableDataset[Batch]):
 
     def _encode(self, texts: list[str], **options: Any) -> Batch:
         return dict(self.tokenizer(texts, truncation=True, max_length=self.max_length, **options))
+
+
+def _check_readers(lefts: list[float], readers: int) -> None:
+    """Raises `ValueError` if a source has fewer texts left to train on than there are readers."""
+    for left in lefts:
+        if left < readers:
+            raise ValueError(f"a source has {left} texts to train on, fewer than the stream's {readers} readers")
 
 
 def _hold_out(source: str, column: str, shards: list[Shard], most: int) -> Parts:
