@@ -12,7 +12,15 @@ import huggingface_hub
 import pytest
 from tiny_text import tiny_tokenizer
 
-from minilm.data.texts import fingerprint_source, load_splits, load_texts, mixing_shares, split_heldout, tokenize
+from minilm.data.texts import (
+    find_files,
+    fingerprint_source,
+    load_splits,
+    load_texts,
+    mixing_shares,
+    split_heldout,
+    tokenize,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -234,18 +242,22 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
             splits(sources, weights=[1, weight])
 
 
+def fingerprint(source: str) -> str:
+    return fingerprint_source(source, find_files(source), None)
+
+
 def test_a_sources_fingerprint_goes_with_its_content_alone(tmp_path: Path) -> None:
     here, there = (
         write_lines(tmp_path / "a" / "x.txt", "one", "two"),
         write_lines(tmp_path / "b" / "y.txt", "one", "two"),
     )
-    assert fingerprint_source(str(here), None) == fingerprint_source(str(there), None)
-    assert fingerprint_source(str(here.parent), None) == fingerprint_source(str(there), None)
-    before = fingerprint_source(str(here), None)
+    assert fingerprint(str(here)) == fingerprint(str(there))
+    assert fingerprint(str(here.parent)) == fingerprint(str(there))
+    before = fingerprint(str(here))
     write_lines(here, "one", "too")
-    assert fingerprint_source(str(here), None) != before
+    assert fingerprint(str(here)) != before
     write_lines(there.parent / "z.txt", "three")
-    assert fingerprint_source(str(there.parent), None) != before
+    assert fingerprint(str(there.parent)) != before
 
 
 def test_a_tables_other_columns_and_empty_parts_do_not_count(tmp_path: Path) -> None:

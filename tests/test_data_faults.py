@@ -13,6 +13,7 @@ from conftest import CommandLine
 from tiny_text import lines, write_lines
 from transformers import TrainerCallback
 
+from minilm.data.files import Chosen, choose_files
 from minilm.training.trainer import DistillationTrainer
 
 RUN = [
@@ -132,3 +133,22 @@ def test_of_a_folder_it_is_said_what_was_read(command: CommandLine, teacher: str
     code, out, err = command("--teacher", teacher, "--data", "texts", *RUN, "--max_steps", "2")
     assert (code, err) == (0, "")
     assert "12 tokens; of texts: read train.txt, left out test.txt\n" in out
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_folder_of_data_is_listed_once(
+    command: CommandLine, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    write_lines(tmp_path / "texts" / "a.txt")
+    listed: list[Path] = []
+
+    def choose(folder: Path) -> Chosen:
+        listed.append(folder)
+        return choose_files(folder)
+
+    monkeypatch.setattr("minilm.data.texts.choose_files", choose)
+    flags = ["--teacher", teacher, "--data", "texts", "--output_dir", "out", "--student_num_layers", "1"]
+    code, _, err = command(*flags, "--max_steps", "1", "--dry_run", *streaming)
+    assert (code, listed) == (0, [Path("texts")]), err

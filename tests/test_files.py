@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from minilm.data.files import choose_files
+from minilm.data.files import choose_files, walk
 
 CASES = {
     "a licence is no text": (["corpus.csv"], ["LICENSE.txt"]),
@@ -77,6 +77,15 @@ def test_links_are_followed_and_count_once(tmp_path: Path) -> None:
     (folder / "g.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"g\.txt' is no file that can be read: a broken link"):
         choose_files(folder)
+
+
+def test_a_walk_leaves_hidden_files_out_and_ends_where_links_go_round(tmp_path: Path) -> None:
+    folder = make(tmp_path / "texts", "a.txt", "below/b.txt", ".c.txt", "__d.txt", "below/.e.txt")
+    (folder / "below" / "up").symlink_to(folder)
+    (folder / "below" / "here").symlink_to(folder / "below")
+    (folder / "linked").symlink_to(make(tmp_path / "elsewhere", "f.txt", ".g.txt"))
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    assert [path.relative_to(folder).as_posix() for path in walk(folder)] == ["a.txt", "below/b.txt", "linked/f.txt"]
 
 
 def test_what_was_saved_to_disk_is_read_by_its_index(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from transformers import (
 from minilm.cli.arguments import Arguments, DataArguments
 from minilm.cli.demo import docstrings
 from minilm.data.fingerprints import fingerprint_texts
-from minilm.data.images import find_images, fingerprint_images, load_images, stack_images
+from minilm.data.images import find_images, load_images, stack_images
 from minilm.data.packing import PackingCollator, pack
 from minilm.data.streams import TextStream
-from minilm.data.texts import find_files, fingerprint_source, load_splits, split_heldout, tokenize
+from minilm.data.texts import Found, find_sources, fingerprint_source, load_splits, split_heldout, tokenize
 from minilm.models.teachers import resolve_length
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor
@@ -48,12 +48,16 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         ValueError: nothing there, no such column, flags that do not go together.
     """
     own = docstrings() if arguments.demo else []
+    found: Found = {}
     if not isinstance(processor, PreTrainedTokenizerBase):
-        (train, heldout), copies, max_length = _images(arguments.data, processor), 0, None
+        _check_image_flags(arguments.data)
+        found = {source: find_images(source) for source in arguments.data.data or []}
+        (train, heldout), copies, max_length = _images(arguments.data, processor, found), 0, None
         collator: Collator = stack_images
     else:
         max_length = resolve_length(teacher, processor, arguments.data.max_length)
-        train, heldout, copies = _texts(arguments, own, processor, max_length)
+        found = find_sources(arguments.data.data or [])
+        train, heldout, copies = _texts(arguments, own, processor, max_length, found)
         collator = _collator(processor, max_length)
     packing = arguments.data.packing
     sequences = None if isinstance(train, TextStream) else len(train)
@@ -68,30 +72,22 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         "max_length": max_length,
         "packed": packing,
     }
-    images = max_length is None
     if copies:
         description["copies_left_out"] = copies
-    if files := _files(arguments, images):
-        description["files"] = files
-    fingerprint = fingerprint_texts(own) if arguments.demo else _fingerprint(arguments.data, images)
+    if files := {source: str(chosen) for source, chosen in found.items() if chosen and Path(source).is_dir()}:
+        description["files"] = files  # of each folder what was read and left out
+    fingerprint = fingerprint_texts(own) if arguments.demo else _fingerprint(arguments.data, found)
     return Inputs(train, heldout, collator, description, fingerprint)
 
 
-def _files(arguments: Arguments, images: bool) -> dict[str, str]:
-    """Of each folder what was read and left out."""
-    found = {source: (find_images if images else find_files)(source) for source in arguments.data.data or []}
-    return {source: str(chosen) for source, chosen in found.items() if chosen and Path(source).is_dir()}
-
-
-def _fingerprint(data: DataArguments, images: bool) -> str:
+def _fingerprint(data: DataArguments, found: Found) -> str:
     assert data.data is not None
-    of_source = fingerprint_images if images else fingerprint_source
-    parts = [of_source(source, data.data_config) for source in data.data]
+    parts = [fingerprint_source(source, found[source], data.data_config) for source in data.data]
     return parts[0] if len(parts) == 1 else fingerprint_texts(parts)
 
 
 def _texts(
-    arguments: Arguments, own: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    arguments: Arguments, own: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, found: Found
 ) -> tuple[datasets.Dataset | TextStream, datasets.Dataset, int]:
     """(to train on, held out, copies of held-out texts left out); `own` are the demonstration's texts, all distinct."""
     data = arguments.data
@@ -104,6 +100,7 @@ def _texts(
         "config": data.data_config,
         "text_column": data.text_column,
         "weights": data.data_weights,
+        "found": found,
     }
     if not data.streaming:
         return load_splits(data.data, tokenizer, max_length, **where)
@@ -134,12 +131,17 @@ def _stream(
     )
 
 
-def _images(data: DataArguments, processor: BaseImageProcessor) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _check_image_flags(data: DataArguments) -> None:
     for flag in ("streaming", "packing", "data_weights", "max_length"):
         if getattr(data, flag):
             raise ValueError(f"--{flag} is for texts, and the teacher takes images")
+
+
+def _images(
+    data: DataArguments, processor: BaseImageProcessor, found: Found
+) -> tuple[datasets.Dataset, datasets.Dataset]:
     assert data.data is not None
-    return load_images(data.data, processor, config=data.data_config, image_column=data.image_column)
+    return load_images(data.data, processor, config=data.data_config, image_column=data.image_column, found=found)
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Collator:

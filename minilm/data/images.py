@@ -17,13 +17,17 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch import Tensor
 
 from minilm.data.files import Chosen, training_files, walk
-from minilm.data.fingerprints import fingerprint_files
 from minilm.data.reading import DataError, faults_at
-from minilm.data.texts import fingerprint_hub, load_train_split, split_heldout
+from minilm.data.texts import Found, load_train_split, split_heldout
 
 
 def load_images(
-    sources: Sequence[str], processor: Any, *, config: str | None = None, image_column: str = "image"
+    sources: Sequence[str],
+    processor: Any,
+    *,
+    config: str | None = None,
+    image_column: str = "image",
+    found: Found | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(training, held-out) images, one in twenty held out and at most 512, with "pixel_values" made when they are read.
 
@@ -33,6 +37,7 @@ def load_images(
         processor: the teacher's image processor, as `AutoImageProcessor` loads it.
         config: the configuration of a hub name.
         image_column: where the image stands; a folder of images needs none.
+        found: what `find_images` has found of each source, to list no folder twice.
 
     Raises:
         ValueError: nothing there, another kind of file, no such column, or no image in it.
@@ -40,7 +45,8 @@ def load_images(
     """
     if not datasets.config.PIL_AVAILABLE:
         raise ModuleNotFoundError("images are decoded by Pillow, which is not installed: pip install pillow")
-    parts = [_images_of(source, *_open(source, config, image_column)) for source in sources]
+    found = {source: find_images(source) for source in sources} if found is None else found
+    parts = [_images_of(source, *_open(source, found[source], config, image_column)) for source in sources]
     train, heldout = split_heldout(datasets.concatenate_datasets(parts))
     transform = PixelValues(processor)
     return train.with_transform(transform), heldout.with_transform(transform)
@@ -123,15 +129,8 @@ def find_images(source: str) -> Chosen | None:
     return None
 
 
-def fingerprint_images(source: str, config: str | None) -> str:
-    """What stands at a source of images, by its content; of a data set on the hub its revision."""
-    chosen = find_images(source)
-    return fingerprint_hub(source, config) if chosen is None else fingerprint_files(chosen.files)
-
-
-def _open(source: str, config: str | None, column: str) -> tuple[datasets.Dataset, str]:
+def _open(source: str, chosen: Chosen | None, config: str | None, column: str) -> tuple[datasets.Dataset, str]:
     """The rows, and in which column the images stand."""
-    chosen = find_images(source)
     if chosen is None:
         return load_train_split(source, source, name=config), column
     if chosen.files[0].suffix.lower() != ".parquet":

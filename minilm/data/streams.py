@@ -17,9 +17,8 @@ position of each worker, however far the workers have read ahead.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import datasets
@@ -29,14 +28,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from minilm.data.packing import Packer, PackingCollator, Row, row_features
-from minilm.data.reading import ROWS_AT_ONCE, DataError, faults_at, read_rows, try_file
+from minilm.data.reading import DataError
+from minilm.data.shards import Shard, shards_of
 from minilm.data.texts import (
     HELDOUT_MAX,
     HELDOUT_SHARE,
-    check_sources,
-    find_files,
+    Found,
+    find_sources,
     heldout_size,
-    load_train_split,
     mixing_shares,
 )
 
@@ -46,23 +45,6 @@ MAX_EMPTY_PASSES = 100  # a reader may be dealt empty files in one pass, hardly 
 SHARDS, BLOCK, CHOICE = 0, 1, 2  # what a generator is for, first in its seed
 
 Batch = dict[str, Any]
-
-
-class Shard(NamedTuple):
-    """One file of a source, from a row on, without some texts."""
-
-    read: Callable[[int], Iterator[list[str | None]]]  # the column's values from a row on, some at a time
-    first_row: int = 0
-    without: frozenset[str] = frozenset()  # the held-out texts, which may stand in the data twice
-
-    def texts(self, row: int = 0) -> Iterator[tuple[str, int]]:
-        """The texts from `row` on that are not blank, each with the number of the row behind it."""
-        row = max(row, self.first_row)
-        for values in self.read(row):
-            for text in values:
-                row += 1
-                if text and not text.isspace() and text not in self.without:
-                    yield text, row
 
 
 @dataclass(frozen=True)
@@ -159,6 +141,7 @@ class TextStream(IterableDataset[Batch]):
         rank, world_size: of the process among those that train together.
         num_workers: of the loader.
         heldout: how many texts to hold out.
+        found: as for `minilm.data.texts.load_splits`.
 
     Raises:
         DataError: from an iteration, what cannot be read; one sentence with the file and the row.
@@ -183,6 +166,7 @@ class TextStream(IterableDataset[Batch]):
         world_size: int = 1,
         num_workers: int = 0,
         heldout: int = HELDOUT_MAX,
+        found: Found | None = None,
     ) -> None:
         shares = mixing_shares(sources, weights if weights is not None else [1] * len(sources))
         for name, value in {"batch_size": batch_size, "shuffle_buffer": shuffle_buffer}.items():
@@ -197,8 +181,8 @@ class TextStream(IterableDataset[Batch]):
         self.rank = rank
         self.num_workers = num_workers
         self.readers = world_size * self._workers
-        check_sources(sources)
-        shards = [_shards(source, config, text_column) for source in sources]
+        found = find_sources(sources) if found is None else found
+        shards = [shards_of(source, chosen, config, text_column) for source, chosen in found.items()]
         parts = [
             _hold_out(source, text_column, files, max(1, round(share * heldout)))
             for source, files, share in zip(sources, shards, shares, strict=True)
@@ -209,11 +193,8 @@ class TextStream(IterableDataset[Batch]):
         self._shares = shares
         if weights is None:
             self._sources, self._shares = [list(itertools.chain(*self._sources))], [1.0]
-        for left in [sum(part.left for part in parts)] if weights is None else [part.left for part in parts]:
-            if left < self.readers:
-                raise ValueError(
-                    f"a source has {left} texts to train on, fewer than the stream's {self.readers} readers"
-                )
+        lefts = [part.left for part in parts]
+        _check_readers([sum(lefts)] if weights is None else lefts, self.readers)
         self._settings = {
             "sources": list(sources),
             "config": config,
@@ -327,43 +308,11 @@ class TextStream(IterableDataset[Batch]):
         return dict(self.tokenizer(texts, truncation=True, max_length=self.max_length, **options))
 
 
-def _shards(source: str, config: str | None, column: str) -> list[Shard]:
-    """The files of a source in their order, tried to have a text column."""
-    if chosen := find_files(source):
-        for file in chosen.files:
-            try_file(file, column)
-        return [Shard(partial(read_rows, file, column)) for file in chosen.files]
-    rows = load_train_split(source, source, name=config, streaming=True)
-    first = next(_hub_rows(rows, source, None, 0), None)
-    if first is None:
-        raise ValueError(f"{source!r} holds no text: it has no rows")
-    if column not in first:
-        raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {list(first)}")
-    rows = rows.select_columns([column])
-    parts = [rows.shard(rows.num_shards, index) for index in range(rows.num_shards)]
-    return [Shard(partial(_hub_texts, part, f"{source}, part {index}", column)) for index, part in enumerate(parts)]
-
-
-def _hub_texts(rows: Any, name: str, column: str, start: int) -> Iterator[list[str | None]]:
-    row = start
-    for batch in _hub_rows(rows, name, ROWS_AT_ONCE, start):
-        for number, value in enumerate(batch[column], row + 1):
-            if value is not None and not isinstance(value, str):
-                raise DataError(f"the column {column!r} holds {value!r}, not text, in row {number} of {name!r}")
-        row += len(batch[column])
-        yield batch[column]
-
-
-def _hub_rows(rows: Any, name: str, at_once: int | None, start: int) -> Iterator[Any]:
-    """Rows of a `datasets.IterableDataset` from `start` on, one by one or in batches."""
-    rows, row = rows.skip(start) if start else rows, start
-    with faults_at(lambda: f"{name!r} after row {row}"):
-        try:
-            for batch in rows if at_once is None else rows.iter(batch_size=at_once):
-                yield batch
-                row += at_once or 1
-        except (TypeError, datasets.exceptions.DatasetsError) as error:  # TypeError: a cast of Arrow's
-            raise DataError(f"cannot read {name!r} after row {row}: {' '.join(str(error).split())}") from error
+def _check_readers(lefts: list[float], readers: int) -> None:
+    """Raises `ValueError` if a source has fewer texts left to train on than there are readers."""
+    for left in lefts:
+        if left < readers:
+            raise ValueError(f"a source has {left} texts to train on, fewer than the stream's {readers} readers")
 
 
 def _hold_out(source: str, column: str, shards: list[Shard], most: int) -> Parts:

@@ -28,6 +28,9 @@ from minilm.data.reading import KINDS, DataError, kind_of, read_rows
 HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
 
 
+Found = dict[str, Chosen | None]  # the files of each source that are read, None of a name on the hub
+
+
 class Splits(NamedTuple):
     """Sequences to train on and held out."""
 
@@ -49,9 +52,8 @@ def load_texts(sources: Sequence[str], *, config: str | None = None, text_column
         ValueError: nothing there, another kind of file, no such column, no text in it, a file given twice.
         OSError: the cache of `datasets` cannot be written.
     """
-    check_sources(sources)
-    parts = [_load(source, config, text_column) for source in sources]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    parts = [_load(source, chosen, config, text_column) for source, chosen in find_sources(sources).items()]
+    return _concatenated(parts)
 
 
 def load_splits(
@@ -62,11 +64,15 @@ def load_splits(
     config: str | None = None,
     text_column: str = "text",
     weights: Sequence[float] | None = None,
+    found: Found | None = None,
 ) -> Splits:
     """Sequences of the sources, as `tokenize` gives them, the training ones mixed by the weights.
 
     No held-out text is trained on, not as a copy either. With weights the held-out part is taken from each source by
     its weight, before anything repeats.
+
+    Args:
+        found: what `find_sources` has found of the sources, to list no folder twice.
 
     Raises:
         ValueError: as `load_texts`; a number of weights that is not that of the sources, or a weight that is not
@@ -74,13 +80,13 @@ def load_splits(
         OSError: the cache of `datasets` cannot be written.
     """
     shares = None if weights is None else mixing_shares(sources, weights)
+    found = find_sources(sources) if found is None else found
+    texts = [_load(source, chosen, config, text_column) for source, chosen in found.items()]
     if shares is None:
-        parts = [split_heldout(load_texts(sources, config=config, text_column=text_column))]
+        parts = [split_heldout(_concatenated(texts))]
     else:
-        check_sources(sources)
         parts = [
-            split_heldout(_load(source, config, text_column), max(1, round(share * HELDOUT_MAX)))
-            for source, share in zip(sources, shares, strict=True)
+            split_heldout(some, max(1, round(share * HELDOUT_MAX))) for some, share in zip(texts, shares, strict=True)
         ]
     heldout = datasets.concatenate_datasets([part for _, part in parts])
     trains = [without_copies(train, heldout) for train, _ in parts]
@@ -174,11 +180,12 @@ def find_files(source: str) -> Chosen | None:
     return chosen
 
 
-def check_sources(sources: Sequence[str]) -> None:
-    """Raises `ValueError` as `load_texts`, and for what would be read twice."""
+def find_sources(sources: Sequence[str]) -> Found:
+    """`find_files` of each source. Raises `ValueError` as `load_texts`, and for what would be read twice."""
     seen: dict[str, str] = {}
+    found: Found = {}
     for source in sources:
-        chosen = find_files(source)
+        found[source] = chosen = find_files(source)
         for file in [source] if chosen is None else map(os.path.realpath, chosen.files):
             if file in seen:
                 where = "twice" if seen[file] == source else f"in {seen[file]!r} and in {source!r}"
@@ -186,15 +193,11 @@ def check_sources(sources: Sequence[str]) -> None:
                     f"the data hold {file!r} {where}: name it once, --data_weights say how often it counts"
                 )
             seen[file] = source
+    return found
 
 
-def fingerprint_source(source: str, config: str | None) -> str:
-    """What stands at a source of texts, by its content; of a data set on the hub its revision.
-
-    Raises:
-        ValueError: as `load_texts`.
-    """
-    chosen = find_files(source)
+def fingerprint_source(source: str, chosen: Chosen | None, config: str | None) -> str:
+    """What stands at a source, by the content of its files; of a data set on the hub its revision."""
     return fingerprint_hub(source, config) if chosen is None else fingerprint_files(chosen.files)
 
 
@@ -234,8 +237,12 @@ def load_train_split(source: str, builder: str, **options: Any) -> Any:
         raise ValueError(f"cannot load the data {source!r}{here}: {reason}") from error
 
 
-def _load(source: str, config: str | None, column: str) -> datasets.Dataset:
-    if chosen := find_files(source):
+def _concatenated(texts: list[datasets.Dataset]) -> datasets.Dataset:
+    return texts[0] if len(texts) == 1 else datasets.concatenate_datasets(texts)
+
+
+def _load(source: str, chosen: Chosen | None, config: str | None, column: str) -> datasets.Dataset:
+    if chosen:
         return _load_files(source, chosen.files, column)
     return _text_of(source, load_train_split(source, source, name=config), column)
 

@@ -1,0 +1,67 @@
+"""The shards of a stream's sources: files, or parts of a data set on the hub, each read from any row on."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import datasets
+
+from minilm.data.files import Chosen
+from minilm.data.reading import ROWS_AT_ONCE, DataError, faults_at, read_rows, try_file
+from minilm.data.texts import load_train_split
+
+
+class Shard(NamedTuple):
+    """One file of a source, from a row on, without some texts."""
+
+    read: Callable[[int], Iterator[list[str | None]]]  # the column's values from a row on, some at a time
+    first_row: int = 0
+    without: frozenset[str] = frozenset()  # the held-out texts, which may stand in the data twice
+
+    def texts(self, row: int = 0) -> Iterator[tuple[str, int]]:
+        """The texts from `row` on that are not blank, each with the number of the row behind it."""
+        row = max(row, self.first_row)
+        for values in self.read(row):
+            for text in values:
+                row += 1
+                if text and not text.isspace() and text not in self.without:
+                    yield text, row
+
+
+def shards_of(source: str, chosen: Chosen | None, config: str | None, column: str) -> list[Shard]:
+    """The files of a source in their order, tried to have a text column."""
+    if chosen:
+        for file in chosen.files:
+            try_file(file, column)
+        return [Shard(partial(read_rows, file, column)) for file in chosen.files]
+    rows = load_train_split(source, source, name=config, streaming=True)
+    first = next(_hub_rows(rows, source, None, 0), None)
+    if first is None:
+        raise ValueError(f"{source!r} holds no text: it has no rows")
+    if column not in first:
+        raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {list(first)}")
+    rows = rows.select_columns([column])
+    parts = [rows.shard(rows.num_shards, index) for index in range(rows.num_shards)]
+    return [Shard(partial(_hub_texts, part, f"{source}, part {index}", column)) for index, part in enumerate(parts)]
+
+
+def _hub_texts(rows: Any, name: str, column: str, start: int) -> Iterator[list[str | None]]:
+    row = start
+    for batch in _hub_rows(rows, name, ROWS_AT_ONCE, start):
+        for number, value in enumerate(batch[column], row + 1):
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"the column {column!r} holds {value!r}, not text, in row {number} of {name!r}")
+        row += len(batch[column])
+        yield batch[column]
+
+
+def _hub_rows(rows: Any, name: str, at_once: int | None, start: int) -> Iterator[Any]:
+    """Rows of a `datasets.IterableDataset` from `start` on, one by one or in batches."""
+    rows, row = rows.skip(start) if start else rows, start
+    with faults_at(lambda: f"{name!r} after row {row}"):
+        try:
+            for batch in rows if at_once is None else rows.iter(batch_size=at_once):
+                yield batch
+                row += at_once or 1
+        except (TypeError, datasets.exceptions.DatasetsError) as error:  # TypeError: a cast of Arrow's
+            raise DataError(f"cannot read {name!r} after row {row}: {' '.join(str(error).split())}") from error
