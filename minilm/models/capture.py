@@ -83,7 +83,7 @@ def attention_qkv(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: i
 
 
 class StopForward(BaseException):
-    """Ends a forward for the recorder it carries; not an `Exception`, so that no model's own `except` takes it."""
+    """Ends a forward for who raised it; not an `Exception`, so that no model's own `except` takes it."""
 
 
 def end_frames(reached: StopForward) -> None:

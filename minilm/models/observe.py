@@ -42,7 +42,7 @@ class Observed(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All activations, in no order that means something."""
+        """All activations: of q, k, v, of hidden states, and what the head was given or, of a classifier, gives."""
         output = self.output
         of_head = [] if output is None else [output.logits if isinstance(output, ExampleOutput) else output.hidden]
         return [*(x for qkv in self.qkv.values() for x in qkv), *self.hidden.values(), *of_head]

@@ -1,6 +1,6 @@
 """The private methods of `transformers.Trainer` that are overridden: what to look at when a new version comes out.
 
-Tried with transformers 5.0 to 5.24. A test compares the list with the classes and with the Trainer that is installed.
+Tried with transformers 5.0.0 and 5.24.0. A test compares the list with the classes and the Trainer that is installed.
 """
 
 OVERRIDDEN = {
