@@ -140,6 +140,9 @@ def test_relations_of_several_layers_are_summed_and_named_by_the_students(tmp_pa
             losses.append(fused_minilm_loss(*pair, relations=["qk"], implementation="reference"))
         assert metrics[f"eval_{name}"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
     assert metrics["eval_loss"] == pytest.approx(0.5 * (metrics["eval_qk_1"] + metrics["eval_qk_-1"]), rel=1e-6)
+    run.train()
+    logged = next(row for row in run.state.log_history if "loss" in row)
+    assert logged["loss"] == pytest.approx(0.5 * (logged["qk_1"] + logged["qk_-1"]), rel=1e-5)
 
 
 def test_objectives_that_cannot_be(tmp_path: Path) -> None:
