@@ -169,9 +169,7 @@ class TextStream(IterableDataset[Batch]):
         found: Found | None = None,
     ) -> None:
         shares = mixing_shares(sources, weights if weights is not None else [1] * len(sources))
-        for name, value in {"batch_size": batch_size, "shuffle_buffer": shuffle_buffer}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        _check_sizes(batch_size=batch_size, shuffle_buffer=shuffle_buffer)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.max_length = max_length
@@ -181,8 +179,8 @@ class TextStream(IterableDataset[Batch]):
         self.rank = rank
         self.num_workers = num_workers
         self.readers = world_size * self._workers
-        found = find_sources(sources) if found is None else found
-        shards = [shards_of(source, chosen, config, text_column) for source, chosen in found.items()]
+        files_of = find_sources(sources) if found is None else found
+        shards = [shards_of(source, files, config, text_column) for source, files in files_of.items()]
         parts = [
             _hold_out(source, text_column, files, max(1, round(share * heldout)))
             for source, files, share in zip(sources, shards, shares, strict=True)
@@ -190,9 +188,9 @@ class TextStream(IterableDataset[Batch]):
         self.heldout = datasets.Dataset.from_dict({"text": [text for part in parts for text in part.heldout]})
         without = frozenset(self.heldout["text"])
         self._sources = [[shard._replace(without=without) for shard in part.shards] for part in parts]
-        self._shares = shares
+        self._shares = shares if weights is not None else [1.0]
         if weights is None:
-            self._sources, self._shares = [list(itertools.chain(*self._sources))], [1.0]
+            self._sources = [list(itertools.chain(*self._sources))]
         lefts = [part.left for part in parts]
         _check_readers([sum(lefts)] if weights is None else lefts, self.readers)
         self._settings = {
@@ -306,6 +304,12 @@ class TextStream(IterableDataset[Batch]):
 
     def _encode(self, texts: list[str], **options: Any) -> Batch:
         return dict(self.tokenizer(texts, truncation=True, max_length=self.max_length, **options))
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def _check_readers(lefts: list[float], readers: int) -> None:
