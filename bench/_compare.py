@@ -6,9 +6,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from _cases import DTYPES, Case, Inputs, Triple, as_leaves
+from _cases import DTYPES, Case, Inputs, as_leaves
 from _exact import Outcome, is_wrong, outcome, rel_error
 from _floor import Rates, floor_ms
 from _measure import REP_MS, REPEATS, Work, peak_mib, release, time_ms
@@ -62,6 +63,7 @@ def compare(
             running = [job for job in chosen if not job.row.note]
             note = attempt(partial(_time, running, device, graph, rep_ms)) if running else ""
             for job in running:
+                assert job.row.rel_error is not None  # as `_check` said nothing
                 job.row.note = note or ("WRONG" if is_wrong(job.row.rel_error, mode, job.dtype) else "")
             release(device)
             yield [job.row for job in chosen]
@@ -70,7 +72,8 @@ def compare(
 def _jobs(case: Case, name: str, inputs: Inputs, device: str, rates: Rates | None) -> list[_Job]:
     provider = PROVIDERS[name]
     sizes = {"B": case.batch, "heads": case.heads, "N": case.n, "d_t": case.d_t, "d_s": case.d_s}
-    common = {"case": case.name, "relations": "+".join(case.relations), **sizes, "dtype": case.dtype, "provider": name}
+    relations = "+".join(case.relations)
+    common: dict[str, Any] = {"case": case.name, "relations": relations, **sizes, "dtype": case.dtype, "provider": name}
     note = provider.refuses(case, device)
     dtype = provider.dtype or case.dtype
     converted = _convert(inputs, dtype)
@@ -88,8 +91,8 @@ def _jobs(case: Case, name: str, inputs: Inputs, device: str, rates: Rates | Non
 
 
 def _convert(inputs: Inputs, dtype: str) -> Inputs:
-    teacher: Triple = tuple(x.to(DTYPES[dtype]) for x in inputs.teacher)
-    return Inputs(teacher, as_leaves(inputs.student, DTYPES[dtype]), inputs.mask)
+    q, k, v = (x.to(DTYPES[dtype]) for x in inputs.teacher)
+    return Inputs((q, k, v), as_leaves(inputs.student, DTYPES[dtype]), inputs.mask)
 
 
 def _work(loss: Loss, inputs: Inputs, mode: str) -> Work:

@@ -72,7 +72,7 @@ def rel_error(actual: Outcome, truth: Outcome, mode: str) -> float:
 
 
 def _distance(actual: Tensor, truth: Tensor) -> float:
-    return ((actual.double() - truth).norm() / truth.norm()).item()
+    return float((actual.double() - truth).norm() / truth.norm())
 
 
 def is_wrong(error: float, mode: str, dtype: str) -> bool:

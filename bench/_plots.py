@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _results import LossRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # One colour a provider in every panel and file (Okabe and Ito: told apart by colour-blind readers too).
 STYLES = {
@@ -58,15 +62,15 @@ def plot(rows: Sequence[LossRow], path: Path) -> list[Path]:
     return written
 
 
-def _panel(axis, rows: Sequence[LossRow], column: str) -> None:
+def _panel(axis: "Axes", rows: Sequence[LossRow], column: str) -> None:
     some = rows[0]
     for provider, (colour, marker, width) in STYLES.items():
         points = {row.N: getattr(row, column) for row in rows if row.provider == provider}
         if points:
-            axis.plot(points.keys(), points.values(), color=colour, marker=marker, linewidth=width, label=provider)
+            axis.plot(list(points), list(points.values()), color=colour, marker=marker, linewidth=width, label=provider)
     floor = {row.N: row.floor_ms for row in rows if row.floor_ms}
     if column == "ms_p50" and floor:
-        axis.plot(floor.keys(), floor.values(), color="black", linestyle="--", linewidth=1, label="floor")
+        axis.plot(list(floor), list(floor.values()), color="black", linestyle="--", linewidth=1, label="floor")
     lengths = sorted({row.N for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

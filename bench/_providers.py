@@ -99,14 +99,15 @@ def flash(case: Case, device: str) -> Loss:
         return scale_t * _dot(x_t, o_tt) - scale_s * _dot(x_s, o_ts) - lse_t + lse_s
 
     def loss(teacher: Triple, student: Triple, mask: Tensor | None) -> Tensor:
-        index = [("qkv".index(x), "qkv".index(y)) for x, y in relations]
+        index = [tuple("qkv".index(letter) for letter in relation) for relation in relations]
         return torch.stack([rows(teacher[x], teacher[y], student[x], student[y]).mean() for x, y in index]).sum()
 
     return loss
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x.float(), y.float())
+    products: Tensor = torch.linalg.vecdot(x.float(), y.float())
+    return products
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Measured rows as a table on the terminal: one block a case, one line a provider, the three modes side by side."""
 
+import math
 from collections.abc import Sequence
 
 from _results import LossRow
@@ -84,11 +85,11 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 def ratios(rows: Sequence[LossRow]) -> str:
     """How many times faster fused is than eager, forward + backward, at N = 128 and from 512 on."""
     lines = []
-    for title, chosen in (("N = 128 ", lambda n: n == 128), ("N >= 512", lambda n: n >= 512)):
+    for title, shortest, longest in (("N = 128 ", 128, 128), ("N >= 512", 512, math.inf)):
         found = [
             f"{row.case} N={row.N} {row.speedup_vs_eager:.2f}x"
             for row in rows
-            if row.provider == "fused" and row.mode == "both" and row.speedup_vs_eager and chosen(row.N)
+            if row.provider == "fused" and row.mode == "both" and row.speedup_vs_eager and shortest <= row.N <= longest
         ]
         if found:
             lines.append(f"  {title}  " + ", ".join(found))

@@ -21,10 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-import minilm_kernels._triton as kernels
 from minilm_kernels._relations import Relations
+from minilm_kernels._triton._keys import key_launch
 from minilm_kernels._triton._launch import Launch
 from minilm_kernels._triton._plan import Kind, kind_fields, resident_tokens, tiles, walks
+from minilm_kernels._triton._resident import resident_launch
+from minilm_kernels._triton._rows import row_launch
+from minilm_kernels._triton._self import self_launch
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)},
@@ -108,16 +111,16 @@ def launch(variant: Variant, architecture: int) -> Launch:
     grad = numbers()
     pinned = tiles(variant.kernel, kind, architecture)
     if variant.kernel == "forward":
-        return kernels.row_launch(relations, kind, lse, lse, [], pinned)
+        return row_launch(relations, kind, lse, lse, [], pinned)
     if variant.kernel == "rows":
-        return kernels.row_launch(relations, kind, lse, lse, dx, pinned)
+        return row_launch(relations, kind, lse, lse, dx, pinned)
     if variant.kernel == "keys":
-        return kernels.key_launch(relations, kind, lse, lse, grad, [1.0], dx, dy, pinned)
+        return key_launch(relations, kind, lse, lse, grad, [1.0], dx, dy, pinned)
     if variant.kernel == "self":
         bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
-        return kernels.self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
+        return self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
     programs = 1 if walks(architecture, length, max(variant.d_t, variant.d_s)) else math.prod(kind.shape[:3])
-    return kernels.resident_launch(relations, kind, dx, dy, programs, architecture)
+    return resident_launch(relations, kind, dx, dy, programs, architecture)
 
 
 class _Pointer:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -37,7 +37,7 @@ BATCH_LIMIT = 1 << 14
 
 class Sizes(NamedTuple):
     teacher: BertConfig
-    students: dict[str, dict[str, int]]
+    students: dict[str, dict[str, Any]]
     batch: int
     n: int
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = BASE if device == "cuda" else TINY
-    where = {**environment(device, args.commit), "transformers": transformers.__version__}
+    where: dict[str, Any] = {**environment(device, args.commit), "transformers": transformers.__version__}
     path = args.out / f"step_bench_{device_slug(device)}.csv"
     old, measured = read_csv(StepRow, path), []
     for student in list(sizes.students)[: 1 if args.quick else None]:
@@ -95,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(row: StepRow, sizes: Sizes, device: str) -> None:
     """Fills the row; on CUDA also searches the largest batch of one objective."""
     relations, heads = OBJECTIVES[row.objective]
-    teacher = BertModel(sizes.teacher, add_pooling_layer=False).eval()
+    teacher = BertModel(sizes.teacher, add_pooling_layer=False).eval()  # type: ignore[no-untyped-call]
     student = build_student(teacher, init="random", seed=0, **sizes.students[row.student])
     freeze_unused(student, relations)
     teacher.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    student.to(device).train()
+    student.to(device).train()  # type: ignore[arg-type]
     loss = loss_of(row.provider, relations, heads, device)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-4, fused=True)
 

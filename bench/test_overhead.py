@@ -85,8 +85,9 @@ class _Bare(torch.autograd.Function):
 def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Call, Call]:
     """MiniLM v1 by the loss and by the bare Function: QK, then VV."""
     torch.manual_seed(0)
-    q, k, v, *leaves = (torch.randn(B, R, request.param, D, device=DEVICE).to(torch.bfloat16) for _ in range(6))
-    teacher, student = (q, k, v), tuple(x.requires_grad_() for x in leaves)
+    q_t, k_t, v_t, *leaves = (torch.randn(B, R, request.param, D, device=DEVICE).to(torch.bfloat16) for _ in range(6))
+    q_s, k_s, v_s = (x.requires_grad_() for x in leaves)
+    teacher, student = (q_t, k_t, v_t), (q_s, k_s, v_s)
 
     def ours() -> tuple[Tensor, ...]:
         loss = fused_minilm_loss(teacher, student, implementation="triton")
@@ -94,8 +95,13 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tu
 
     made: list[Launch] = []
     run = Launch.run
+
+    def watched(launch: Launch, device: torch.device) -> None:
+        made.append(launch)
+        run(launch, device)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Launch, "run", lambda launch, device: (made.append(launch), run(launch, device)))
+        patch.setattr(Launch, "run", watched)
         _, *gradients = ours()
     forward, backward = Launches.of(made, FORWARD), Launches.of(made, BACKWARD)
     assert len(made) == len(forward.launches) + len(backward.launches)

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from _cases import FAMILIES, Case, make_inputs, select_cases
@@ -25,10 +26,12 @@ from _results import RESULTS, device_slug, environment
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-import minilm_kernels._triton as kernels
 from minilm_kernels._relations import Relations
+from minilm_kernels._triton._keys import key_launch
 from minilm_kernels._triton._launch import Launch
 from minilm_kernels._triton._plan import Kind, Tiles, architecture, kind_fields, tiles
+from minilm_kernels._triton._rows import row_launch
+from minilm_kernels._triton._self import self_launch
 
 KERNELS = ("forward", "rows", "keys", "self")
 CASES = ("v1-384", "v1-768", "v2-48")
@@ -86,7 +89,7 @@ def builder(kernel: str, case: Case) -> tuple[Kind, Callable[[Tiles], Launch]]:
     is_self = kernel in ("forward", "self")
     of_self: tuple[str, ...] = ("qq", "kk", "vv") if "qq" in case.relations else ("vv",)
     letters = of_self if is_self else ("qk",)
-    at = [("qkv".index(x), "qkv".index(y)) for x, y in letters]
+    at = [tuple("qkv".index(letter) for letter in relation) for relation in letters]
     teacher, student = inputs.teacher, [x.detach() for x in inputs.student]
     relations = Relations(
         [teacher[x] for x, _ in at],
@@ -110,15 +113,13 @@ def builder(kernel: str, case: Case) -> tuple[Kind, Callable[[Tiles], Launch]]:
     grad = torch.ones((), device="cuda")
     weights = [1.0] * len(at)
     if kernel == "forward":
-        return kind, lambda shape: kernels.row_launch(relations, kind, lse_t, lse_s, [], shape)
+        return kind, lambda shape: row_launch(relations, kind, lse_t, lse_s, [], shape)
     if kernel == "rows":
-        return kind, lambda shape: kernels.row_launch(relations, kind, lse_t, lse_s, dx, shape)
+        return kind, lambda shape: row_launch(relations, kind, lse_t, lse_s, dx, shape)
     if kernel == "keys":
-        return kind, lambda shape: kernels.key_launch(relations, kind, lse_t, lse_s, grad, weights, dx, dy, shape)
+        return kind, lambda shape: key_launch(relations, kind, lse_t, lse_s, grad, weights, dx, dy, shape)
     bases, factors = ([lse_t.new_zeros(size) for _ in range(2)] for size in (kind.shape[:3], kind.shape))
-    return kind, lambda shape: kernels.self_launch(
-        relations, kind, lse_t, lse_s, bases, factors, grad, weights, dx, shape
-    )
+    return kind, lambda shape: self_launch(relations, kind, lse_t, lse_s, bases, factors, grad, weights, dx, shape)
 
 
 def compile_candidate(kernel: str, case: Case, shape: Tiles) -> None:
@@ -140,7 +141,7 @@ def measure(kernel: str, case: Case, shape: Tiles, pinned: bool, build: Callable
         spills, registers = compiled.n_spills, compiled.n_regs
     except OutOfResources:
         pass
-    sizes = {"kernel": kernel, "case": case.name, "N": case.n, "pinned": pinned}
+    sizes: dict[str, Any] = {"kernel": kernel, "case": case.name, "N": case.n, "pinned": pinned}
     return Row(**sizes, **shape._asdict(), ms=ms, spills=spills, registers=registers)
 
 

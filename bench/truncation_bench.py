@@ -11,6 +11,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = environment(device, args.commit)
     rows = []
     for case, (config, layer, relation_heads, layers, width) in CASES.items():
-        teacher = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+        teacher = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         student = build_student(teacher, num_layers=layers, hidden_size=width, init="random", seed=0).train()
         freeze_unused(student, ("qq", "kk", "vv"))
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -76,20 +77,20 @@ def _parts(
             model(input_ids=ids)
         return captured[layer]
 
-    def step(stop: bool) -> None:
+    def step(stop: bool, _: None) -> None:
         with torch.no_grad():
             teacher_qkv = qkv(teacher, layer, stop)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
             criterion(teacher_qkv, qkv(student, -1, stop))[0].backward()
         student.zero_grad()
 
-    def forward(stop: bool) -> None:
+    def forward(stop: bool, _: None) -> None:
         with torch.no_grad():
             qkv(teacher, layer, stop)
 
     return {
-        "teacher": [Work(lambda _, stop=stop: forward(stop)) for stop in (False, True)],
-        "step": [Work(lambda _, stop=stop: step(stop)) for stop in (False, True)],
+        "teacher": [Work(partial(forward, stop)) for stop in (False, True)],
+        "step": [Work(partial(step, stop)) for stop in (False, True)],
     }
 
 

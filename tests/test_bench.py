@@ -240,8 +240,8 @@ def test_failures_stay_in_their_rows(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setitem(PROVIDERS, "refusing", Provider(eager, refuses=lambda case, device: "not here"))
     inputs = make_inputs(SMALL, "cpu")
     names = ["hungry", "host memory", "broken", "wrong", "nan", "refusing", "eager"]
-    rows = [row for new in _compare.compare(SMALL, names, inputs, exact(SMALL, inputs), "cpu", H200) for row in new]
-    rows = {(row.provider, row.mode): row for row in merge([], rows)}
+    measured = [row for new in _compare.compare(SMALL, names, inputs, exact(SMALL, inputs), "cpu", H200) for row in new]
+    rows = {(row.provider, row.mode): row for row in merge([], measured)}
     notes = {name: [rows[name, mode].note for mode in ("forward", "backward", "both")] for name in names}
     assert notes == {
         "hungry": ["", "out of memory", "out of memory"],

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_a_short_demonstration_leaves_a_student_and_is_not_run_twice(
     assert torch.isfinite(hidden).all()
 
     example = next(code for code in EXAMPLES if "SentenceTransformer" in code)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(f"{example.replace('SentenceTransformer(', 'vectors = SentenceTransformer(', 1)}", names)
     assert tuple(names["vectors"].shape) == (2, 384)
 

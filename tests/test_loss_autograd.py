@@ -175,7 +175,7 @@ def test_second_derivative_through_grad_output_raises(fused: str, device: str) -
     weight = torch.ones((), device=device, requires_grad=True)
     student = tuple(x.requires_grad_() for x in inputs.student)
     loss = fused_minilm_loss(inputs.teacher, student, **inputs.options, implementation=fused)
-    penalty = sum(g.square().sum() for g in grads(weight * loss, student, create_graph=True))
+    penalty = torch.stack([g.square().sum() for g in grads(weight * loss, student, create_graph=True)]).sum()
     with pytest.raises(RuntimeError, match="reference"):
         penalty.backward()
 
@@ -194,7 +194,7 @@ def test_reference_supports_gradient_penalties(device: str) -> None:
     inputs = build(SMALL, device)
     student = tuple(x.requires_grad_() for x in inputs.student)
     loss = fused_minilm_loss(inputs.teacher, student, **inputs.options, implementation="reference")
-    sum(g.square().sum() for g in grads(loss, student, create_graph=True)).backward()
+    torch.stack([g.square().sum() for g in grads(loss, student, create_graph=True)]).sum().backward()
     token = inputs.options["attention_mask"][:, None, :, None]
     for x in student:
         assert x.grad.isfinite().all()

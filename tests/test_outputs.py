@@ -90,7 +90,7 @@ def test_errs_at_most_twice_as_much_as_eager_code(
 ) -> None:
     tensors = heads(38, 101, dtype, device, bias)
     exact = [None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
-    actual = loss_and_gradients(soft_label_kl(*tensors, temperature), tensors)
+    actual = loss_and_gradients(soft_label_kl(*tensors, temperature=temperature), tensors)
     theirs = loss_and_gradients(eager(tensors, temperature), tensors)
     true = loss_and_gradients(eager(exact, temperature), exact)
     assert actual[0].dtype == torch.promote_types(dtype, torch.float32)
@@ -136,7 +136,7 @@ def test_gradcheck(bias: bool, device: str) -> None:
     arguments = [x for x in student[:3] if x is not None]
 
     def loss(*inputs: Tensor) -> Tensor:
-        return soft_label_kl(inputs[0], inputs[1], inputs[2] if bias else None, *teacher, 1.7)
+        return soft_label_kl(inputs[0], inputs[1], inputs[2] if bias else None, *teacher, temperature=1.7)
 
     assert torch.autograd.gradcheck(loss, arguments, fast_mode=True)
 
@@ -239,7 +239,7 @@ def test_wrong_use(replaced: dict[int, Any], message: str) -> None:
 def test_a_temperature_that_is_no_number(temperature: Any) -> None:
     kind = type(temperature).__name__
     with pytest.raises(TypeError, match=f"temperature must be a number, not a {kind}"):
-        soft_label_kl(*heads(9, 101, torch.float32, "cpu"), temperature)
+        soft_label_kl(*heads(9, 101, torch.float32, "cpu"), temperature=temperature)
     with pytest.raises(TypeError, match=f"temperature must be a number, not a {kind}"):
         output_loss(ExampleOutput(torch.zeros(2, 3)), ExampleOutput(torch.zeros(2, 3)), temperature)
 
@@ -247,7 +247,9 @@ def test_a_temperature_that_is_no_number(temperature: Any) -> None:
 @pytest.mark.parametrize("temperature", [1e-18, 1e-6, 1e6, 1e18])
 def test_the_temperatures_at_the_ends_are_finite(temperature: float) -> None:
     tensors = heads(9, 101, torch.float32, "cpu")
-    assert all(x.isfinite().all() for x in loss_and_gradients(soft_label_kl(*tensors, temperature), tensors))
+    assert all(
+        x.isfinite().all() for x in loss_and_gradients(soft_label_kl(*tensors, temperature=temperature), tensors)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # PyTorch's own, of its forward-mode rules
@@ -346,7 +348,7 @@ def test_output_loss_is_the_sum_over_real_tokens(temperature: float) -> None:
     assert output_loss(mine, theirs)[1].item() == 22
     # Whatever stands behind the mask changes nothing.
     hidden = torch.where(mask.bool()[..., None], mine.hidden, torch.nan)
-    spoilt = output_loss(mine._replace(hidden=hidden), theirs, temperature, mask)[0]
+    spoilt = output_loss(mine._replace(hidden=hidden), theirs, temperature, mask)[0]  # type: ignore[call-arg]
     assert torch.equal(spoilt, total)
 
 
@@ -492,5 +494,9 @@ def test_inside_fsdp() -> None:
         fully_shard(layer)
     fully_shard(wrapper)
     wrapper(teacher, **inputs).backward()
-    gradients = {n: p.grad.full_tensor() for n, p in wrapper.named_parameters() if p.grad is not None}
+    gradients = {
+        n: p.grad.full_tensor()  # type: ignore[attr-defined]
+        for n, p in wrapper.named_parameters()
+        if p.grad is not None
+    }
     assert_same_gradients(gradients, eager_gradients("bert", "ForMaskedLM"), 1e-4)

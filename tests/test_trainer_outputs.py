@@ -302,7 +302,8 @@ def test_the_tokenizer_is_saved_as_it_was_given(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run")
     run.processing_class.save_pretrained(tmp_path / "given")
     run.train()
-    run.processing_class("ab cd", truncation=True, max_length=3, padding="max_length")
+    tokenizer: Any = run.processing_class
+    tokenizer("ab cd", truncation=True, max_length=3, padding="max_length")
     run.save_model(str(tmp_path / "saved"))
     for file in (tmp_path / "given").iterdir():
         assert file.read_bytes() == (tmp_path / "saved" / file.name).read_bytes()

@@ -23,7 +23,8 @@ THREE_STEPS = {"max_steps": 3, "per_device_train_batch_size": 3, "optim": "adamw
 
 
 def random_states() -> list[Any]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = numpy_state
     return [random.getstate(), name, keys.tolist(), rest, torch.get_rng_state().tolist()]
 
 
