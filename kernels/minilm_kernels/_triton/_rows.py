@@ -110,7 +110,7 @@ def row_sweep(
         full = tl.where(within, full, start)
         m_t, m_s = tl.where(within, m_t, FLOOR), tl.where(within, m_s, FLOOR)
         l_t, l_s, a = tl.where(within, l_t, 0.0), tl.where(within, l_s, 0.0), tl.where(within, a, 0.0)
-        o_t, o_d = tl.where(within, o_t, 0.0), tl.where(within, o_d, 0.0)
+        o_t, o_d, ratio = tl.where(within, o_t, 0.0), tl.where(within, o_d, 0.0), tl.where(within, ratio, 0.0)
     for n in range(full, last, TAIL):
         offs_n = n + tl.arange(0, TAIL)
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
