@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CommandLine
+from tiny_models import tiny_model
 from tiny_text import save_teacher, tiny_tokenizer
-from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertForMaskedLM, TrainerCallback, TrainingArguments
 
 from minilm.training.runs import starting_point
 from minilm.training.trainer import DistillationTrainer
@@ -352,6 +353,19 @@ def test_the_seed_makes_the_student(command: CommandLine, teacher: str, data: st
     a, b, c = (Path(output, "model.safetensors").read_bytes() for output in "abc")
     assert a == b
     assert a != c
+
+
+def test_what_a_teachers_weights_lack_is_drawn_alike_each_time(command: CommandLine, tmp_path: Path, data: str) -> None:
+    """A masked LM has no pooler. Were it another one each time, no checkpoint could be continued from."""
+    BertForMaskedLM(tiny_model("bert").config).save_pretrained(tmp_path / "masked-lm")
+    tiny_tokenizer().save_pretrained(tmp_path / "masked-lm")
+    arguments = ["--teacher", str(tmp_path / "masked-lm"), "--data", data, *SMALL, "--save_steps", "1"]
+    found = []
+    for folder in ("one", "two"):
+        assert command(*arguments, "--output_dir", folder)[0] == 0
+        found += re.findall(r"hash of the teacher's weights\W+(\w+)", Path(folder, "checkpoint-4/run.json").read_text())
+    assert len(found) == 2
+    assert found[0] == found[1]
 
 
 def test_the_newest_complete_checkpoint_is_the_one_to_continue_from(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     with_output = arguments.objective.output_weight > 0
     name = arguments.model.teacher or str(teacher_folder())
+    torch.manual_seed(arguments.training.seed)  # for what the weights lack, a pooler: alike when the run is continued
     teacher, processor, saved_processor = read_teacher(name, head=with_output)
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student", keep_value_errors=True):
