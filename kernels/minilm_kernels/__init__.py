@@ -2,6 +2,5 @@
 
 from minilm_kernels._loss import fused_minilm_loss, relation_kl
 from minilm_kernels._reference import reference_rows
-from minilm_kernels._tune import tune
 
-__all__ = ["fused_minilm_loss", "reference_rows", "relation_kl", "tune"]
+__all__ = ["fused_minilm_loss", "reference_rows", "relation_kl"]

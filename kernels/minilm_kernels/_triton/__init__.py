@@ -3,18 +3,15 @@
 G relations, B batch, R relation heads, N tokens.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._keys import key_launch
-from minilm_kernels._triton._plan import Kind, architecture, kind_fields, known_kind, walkers
+from minilm_kernels._triton._plan import Kind, architecture, kind_fields, known_kind, tiles, walkers
 from minilm_kernels._triton._resident import resident_launch, scale_launch
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import factor_launch, self_launch
-from minilm_kernels._triton._tune import planned
 
 Outputs = tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]
 
@@ -44,8 +41,8 @@ def forward(relations: Relations, needs_gradient: bool) -> Outputs:
     if kind.structure == "resident":
         launch = resident_launch(relations, kind, dx, dy, walkers(kind), architecture(kind.device))
     else:
-        build = partial(row_launch, relations, kind, lse_t, lse_s, dx)
-        launch = planned("rows" if dx else "forward", kind, build)
+        shape = tiles("rows" if dx else "forward", kind, architecture(kind.device))
+        launch = row_launch(relations, kind, lse_t, lse_s, dx, shape)
     launch.run(kind.device)
     value = launch.arguments["value"]
     return value.sum(1) if kind.sums else value, *buffers
@@ -62,6 +59,7 @@ def backward(
 ) -> None:
     """Completes dx and dy in place."""
     kind = known_kind(*kind_fields(relations))
+    chip = architecture(kind.device)
     match kind.structure:
         case "resident":
             alike = bool(dy) and dx[0].stride() == dy[0].stride()
@@ -69,10 +67,14 @@ def backward(
             launches = [scale_launch(relations, kind, grad, relation_weights, gradients) for gradients in groups]
         case "self":
             bases, factors = ([lse_t.new_empty(shape) for _ in range(2)] for shape in (kind.shape[:3], kind.shape))
-            build = partial(self_launch, relations, kind, lse_t, lse_s, bases, factors, grad, relation_weights, dx)
-            launches = [factor_launch(kind, lse_t, lse_s, bases, factors), planned("self", kind, build)]
+            given = relations, kind, lse_t, lse_s, bases, factors, grad, relation_weights, dx
+            launches = [
+                factor_launch(kind, lse_t, lse_s, bases, factors),
+                self_launch(*given, tiles("self", kind, chip)),
+            ]
         case _:
-            build = partial(key_launch, relations, kind, lse_t, lse_s, grad, relation_weights, dx, dy)
-            launches = [planned("keys", kind, build)]
+            launches = [
+                key_launch(relations, kind, lse_t, lse_s, grad, relation_weights, dx, dy, tiles("keys", kind, chip))
+            ]
     for launch in launches:
         launch.run(kind.device)
