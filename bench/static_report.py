@@ -119,7 +119,7 @@ def launch(variant: Variant, architecture: int) -> Launch:
     if variant.kernel == "self":
         bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
         return self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
-    programs = 1 if walks(architecture, length, max(variant.d_t, variant.d_s)) else math.prod(kind.shape[:3])
+    programs = 1 if walks(architecture, length) else math.prod(kind.shape[:3])
     return resident_launch(relations, kind, dx, dy, programs, architecture)
 
 

@@ -9,6 +9,7 @@ over rows without dX, "rows" that with dX, "keys" the sweep for dY, "self" that 
 """
 
 import argparse
+import csv
 import itertools
 import os
 import sys
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("this machine has no CUDA device: bench/static_report.py counts instructions without one")
         return 2
     start = time.monotonic()
-    chosen = [case for case in select_cases(True, args.case, args.n)]
+    chosen = select_cases(True, args.case, args.n)
     work = list(itertools.product(args.kernel, chosen))
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(compile_candidate, *item, shape) for item in work for shape in candidates(item[0])]
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             job.result()
     print(f"{len(jobs)} candidates compiled in {time.monotonic() - start:.0f} s", flush=True)
     rows: list[Row] = []
-    for kernel, case in itertools.product(args.kernel, chosen):
+    for kernel, case in work:
         kind, build = builder(kernel, case)
         pinned = tiles(kernel, kind, architecture(kind.device))
         found = [measure(kernel, case, shape, shape == pinned, build) for shape in candidates(kernel)]
@@ -181,20 +182,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f" of {row.max_registers}  {row.registers} registers, {row.spills} spilled{'  pinned' * row.pinned}",
                 flush=True,
             )
-    return write(rows, args.out / f"tiles_{device_slug('cuda')}.csv", environment("cuda", args.commit))
+    path = args.out / f"tiles_{device_slug('cuda')}.csv"
+    write(rows, path, environment("cuda", args.commit))
+    print(path)
+    return 0
 
 
-def write(rows: Sequence[Row], path: Path, where: dict[str, str]) -> int:
-    import csv
-
+def write(rows: Sequence[Row], path: Path, where: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*(field.name for field in fields(Row)), *where])
         for row in rows:
             writer.writerow([*astuple(row), *where.values()])
-    print(path)
-    return 0
 
 
 if __name__ == "__main__":

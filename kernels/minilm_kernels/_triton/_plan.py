@@ -140,25 +140,26 @@ def resident_tokens(architecture: int, element_size: int) -> int:
 def walkers(kind: Kind) -> int:
     """Programs that share the heads whose rows are on chip.
 
-    On Hopper a head of more than 64 tokens and 16 dimensions has a multiprocessor to itself: one program for each of
-    them walks over the heads, and loads the next beside the arithmetic of this one. Shorter and smaller heads share a
-    multiprocessor; on Blackwell the walk spills. There every head has its program.
+    On Hopper a head of more than 64 tokens has a multiprocessor to itself: one program for each of them walks over the
+    heads, and loads the next beside the arithmetic of this one. Of heads of up to 16 dimensions two share it, under
+    `resident_registers`, and eight programs for each were fastest. Shorter heads share a multiprocessor; on Blackwell
+    the walk spills. There every head has its program.
     """
     heads = math.prod(kind.shape[:3])
-    if not walks(architecture(kind.device), kind.shape[3], max(kind.d_t, kind.d_s)):
+    if not walks(architecture(kind.device), kind.shape[3]):
         return heads
     each = 8 if max(kind.d_t, kind.d_s) <= 16 else 1
     return min(heads, each * torch.cuda.get_device_properties(kind.device).multi_processor_count)
 
 
-def walks(architecture: int, length: int, dim: int) -> bool:
+def walks(architecture: int, length: int) -> bool:
     """Whether programs take several heads whose rows are on chip; see `walkers`."""
     return architecture == 90 and length > 64
 
 
 def resident_registers(architecture: int, length: int, dim: int) -> int | None:
-    """Most registers of a thread where whole rows are on chip: two programs share a multiprocessor if none walks."""
-    return 128 if walks(architecture, length, dim) and dim <= 16 else None
+    """Most registers of a thread where whole rows are on chip: small heads share a multiprocessor by two."""
+    return 128 if walks(architecture, length) and dim <= 16 else None
 
 
 def padded(dim: int) -> int:
