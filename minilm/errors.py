@@ -10,25 +10,24 @@ class NonFiniteError(ArithmeticError):
     """A loss, a gradient or a weight is NaN or infinite: one sentence on what, at which step, and what was kept."""
 
 
-class TrialError(ValueError):
+class UsageError(ValueError):
+    """What was asked for cannot be had: one sentence for users, with the values that do not go together."""
+
+
+class TrialError(UsageError):
     """What was asked for failed when it was tried: one sentence on what it was and why."""
 
 
 @contextmanager
-def tried(what: str, *, keep_value_errors: bool = False) -> Iterator[None]:
+def tried(what: str) -> Iterator[None]:
     """Around something that arguments ask for: an error becomes a `TrialError` that begins with `what`.
 
-    Errors of the system and `NonFiniteError` stay what they are, as `ValueError` does with `keep_value_errors`: where
-    most of them are our own.
+    Errors of the system, `UsageError` and `NonFiniteError` stay what they are.
     """
     try:
         yield
-    except (OSError, NonFiniteError):
+    except (OSError, UsageError, NonFiniteError):
         raise
-    except ValueError as error:
-        if keep_value_errors:
-            raise
-        raise TrialError(f"{what}: {reason(error)}") from error
     except torch.OutOfMemoryError as error:
         raise TrialError(f"{what}: {first_line(error)}; lower --per_device_train_batch_size") from error
     except Exception as error:

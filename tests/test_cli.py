@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -188,6 +189,17 @@ def test_an_output_folder_that_is_a_file_is_one_line(command: CommandLine, teach
     assert (code, err.count("\n")) == (1, 1)
     assert "taken" in err
     assert Path("taken").read_text() == "my own"
+
+
+def test_a_fault_of_our_own_is_no_mistake_of_the_users(
+    command: CommandLine, teacher: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> NoReturn:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr("minilm.cli.distill.load_inputs", broken)
+    with pytest.raises(ValueError, match="a fault"):
+        command("--teacher", teacher, "--data", data, "--output_dir", "out", *SMALL)
 
 
 def test_mistakes_are_one_line_and_exit_code_2(command: CommandLine, teacher: str, data: str) -> None:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from minilm.cli.inputs import Inputs
 from minilm.data.streams import TextStream
+from minilm.errors import UsageError
 
 
 def adapt(training: TrainingArguments, inputs: Inputs, teacher: PreTrainedModel, *, evaluate_untrained: bool) -> None:
@@ -27,9 +28,7 @@ def adapt(training: TrainingArguments, inputs: Inputs, teacher: PreTrainedModel,
     if is_stream:
         training.ignore_data_skip = True  # the stream goes on by itself from where it was
     if takes_images or is_stream:  # images have one size; a stream has its own order
-        # The two names that transformers 5 has had for grouping by length.
         training.train_sampling_strategy = "random"
-        training.group_by_length = False  # type: ignore[attr-defined]
 
 
 def _check_a_batch(training: TrainingArguments, train: Any, heldout: Any) -> None:
@@ -37,10 +36,10 @@ def _check_a_batch(training: TrainingArguments, train: Any, heldout: Any) -> Non
         return
     batch = training.train_batch_size * training.world_size
     if not isinstance(train, TextStream) and len(train) < batch:
-        raise ValueError(f"dataloader_drop_last drops all {len(train)} sequences: they make no batch of {batch}")
+        raise UsageError(f"dataloader_drop_last drops all {len(train)} sequences: they make no batch of {batch}")
     batch = training.eval_batch_size * training.world_size
     if len(heldout) < batch:
-        raise ValueError(
+        raise UsageError(
             f"dataloader_drop_last drops all {len(heldout)} held-out sequences: they make no batch of {batch}; leave "
             "it out or lower --per_device_eval_batch_size"
         )

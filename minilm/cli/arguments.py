@@ -4,7 +4,7 @@ import difflib
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -22,7 +22,6 @@ Distil a Transformer into a small one by its self-attention relations (MiniLM).
   minilm-train --recipe minilm-v2-l6-h384 --output_dir minilm-v2     the papers' settings; --list_recipes names all
 """
 
-_RENAMED = any(known.name == "train_sampling_strategy" for known in fields(TrainingArguments))  # within transformers 5
 # Where the papers' choices (MiniLM and MiniLMv2, section 4.1) differ from the Trainer's defaults.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
@@ -32,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 32,
     "logging_steps": 50,
     "save_total_limit": 2,  # 0 keeps all
-    **({"train_sampling_strategy": "group_by_length"} if _RENAMED else {"group_by_length": True}),
+    "train_sampling_strategy": "group_by_length",
 }
 DEMO: dict[str, Any] = {
     "student_num_layers": 3,

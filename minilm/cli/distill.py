@@ -24,7 +24,7 @@ from minilm.cli.rehearsal import rehearsal_arguments, rehearse
 from minilm.cli.report import Metrics, overview, publish_report
 from minilm.cli.serving import serves
 from minilm.cli.trial import try_out
-from minilm.errors import reason, tried
+from minilm.errors import UsageError, reason, tried
 from minilm.models.agreement import FEWEST_TEXTS, Agreement
 from minilm.models.batches import check_packable
 from minilm.models.embeddings import MEAN, SentenceFiles, sentence_files
@@ -127,22 +127,22 @@ def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
     torch.manual_seed(arguments.training.seed)  # for what the weights lack, a pooler: alike when the run is continued
     teacher, processor, saved_processor = read_teacher(name, head=with_output)
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
-    with tried("cannot build the student", keep_value_errors=True):
+    with tried("cannot build the student"):
         student, terms = _student_and_objective(arguments, teacher)
     if next_run is not None:
-        with tried("cannot build the student", keep_value_errors=True):
+        with tried("cannot build the student"):
             _student_and_objective(next_run, student)
     if arguments.data.packing:
         check_packable(teacher)
         check_packable(student)
         if with_output and not has_vocabulary_head(teacher):
-            raise ValueError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
+            raise UsageError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
     return Models(name, teacher, student, terms, processor, saved_processor, sentences)
 
 
 def _make_trainer(arguments: Arguments, models: Models, inputs: Inputs) -> DistillationTrainer:
     training = arguments.training
-    with tried("cannot build the trainer", keep_value_errors=True):
+    with tried("cannot build the trainer"):
         return DistillationTrainer(
             teacher=models.teacher,
             student=models.student,
@@ -335,7 +335,7 @@ def _pace(trainer: DistillationTrainer) -> dict[str, float]:
     """Means over the log of what was logged."""
     logged: dict[str, list[float]] = {}
     for row in trainer.state.log_history:
-        for name in {"tokens_per_second", "images_per_second", "loss_share"} & row.keys():
+        for name in {"tokens_per_second", "images_per_second"} & row.keys():
             logged.setdefault(name, []).append(row[name])
     return {name: sum(values) / len(values) for name, values in logged.items()}
 

@@ -89,5 +89,4 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
 
 def _order_depends_on_batch(training: TrainingArguments, streaming: bool) -> bool:
     """Whether the number of sequences that all processes take at once decides which come when."""
-    by_length = getattr(training, "group_by_length", False)  # under both names that transformers 5 has had for it
-    return streaming or by_length or getattr(training, "train_sampling_strategy", "") == "group_by_length"
+    return streaming or training.train_sampling_strategy == "group_by_length"

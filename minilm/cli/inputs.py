@@ -21,6 +21,7 @@ from minilm.data.images import find_images, load_images, stack_images
 from minilm.data.packing import PackingCollator, pack
 from minilm.data.streams import TextStream
 from minilm.data.texts import Found, find_sources, fingerprint_source, load_splits, split_heldout, tokenize
+from minilm.errors import UsageError
 from minilm.models.teachers import resolve_length
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor
@@ -134,7 +135,7 @@ def _stream(
 def _check_image_flags(data: DataArguments) -> None:
     for flag in ("streaming", "packing", "data_weights", "max_length"):
         if getattr(data, flag):
-            raise ValueError(f"--{flag} is for texts, and the teacher takes images")
+            raise UsageError(f"--{flag} is for texts, and the teacher takes images")
 
 
 def _images(

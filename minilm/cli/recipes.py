@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilm.errors import UsageError
+
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -25,7 +27,7 @@ def expand(argv: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     if len(chosen) > 1:
-        raise ValueError(f"one --recipe at a time, got {' and '.join(chosen)}")
+        raise UsageError(f"one --recipe at a time, got {' and '.join(chosen)}")
     return [*_flags(chosen[0]), *rest] if chosen else rest
 
 
@@ -46,13 +48,13 @@ def _title(file: Path) -> str:
 def _flags(name: str) -> list[str]:
     file = FOLDER / f"{name}.txt" if name in names() else Path(name)
     if not name or not file.is_file():
-        raise ValueError(f"there is no recipe or file {name!r}; the recipes: {', '.join(names())}")
+        raise UsageError(f"there is no recipe or file {name!r}; the recipes: {', '.join(names())}")
     try:
         flags = shlex.split(file.read_text(encoding="utf-8"), comments=True)
     except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read the recipe {name!r}: it is no text in UTF-8") from error
+        raise UsageError(f"cannot read the recipe {name!r}: it is no text in UTF-8") from error
     except (ValueError, OSError) as error:  # a quotation without an end; a file that may not be read
-        raise ValueError(f"cannot read the recipe {name!r}: {error}") from error
+        raise UsageError(f"cannot read the recipe {name!r}: {error}") from error
     if any(flag.partition("=")[0] == "--recipe" for flag in flags):
-        raise ValueError(f"the recipe {name!r} names another one with --recipe: write its flags out")
+        raise UsageError(f"the recipe {name!r} names another one with --recipe: write its flags out")
     return flags

@@ -207,10 +207,8 @@ def _files(data: Metrics) -> str:
 
 
 def _pace(metrics: Metrics) -> str:
-    pace = dict(metrics["training"])
-    share = pace.pop("loss_share", None)
-    rates = [f" at {_rate(value)} {name.removesuffix('_per_second')} a second" for name, value in pace.items()]
-    return "".join(rates) + ("" if share is None else f", {share:.1%} of the time in the loss")
+    pace = metrics["training"]
+    return "".join(f" at {_rate(value)} {name.removesuffix('_per_second')} a second" for name, value in pace.items())
 
 
 def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.cli.arguments import Arguments, own_arguments
+from minilm.errors import UsageError
 from minilm.training.runs import METRICS, OccupiedError, check_equal, starting_point
 
 ASSISTANT = "assistant"  # the folder of the first run, in the output folder
@@ -46,7 +47,7 @@ def stages(arguments: Arguments) -> list[Arguments]:
             second = _stage(arguments, {"resume_from_checkpoint": None}, **none, teacher=str(folder), teacher_layer=-1)
             return [first, second]
         if not finished:
-            raise ValueError(f"{resume!r} is a checkpoint of the student, and {folder} holds no finished assistant")
+            raise UsageError(f"{resume!r} is a checkpoint of the student, and {folder} holds no finished assistant")
     second = _stage(arguments, {}, **none, teacher=str(folder), teacher_layer=-1)
     return [second] if resume is not None and finished else [first, second]
 

@@ -84,14 +84,15 @@ class _RefusedError(Exception):
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Around what checks and builds: its errors are the user's, those of training are not."""
+    """Around what checks and builds, where errors of the system and data that cannot be read are the user's too."""
+    from minilm.errors import UsageError
     from minilm.training.runs import OccupiedError
 
     try:
         yield
     except (OccupiedError, ModuleNotFoundError, OSError) as error:
         raise _RefusedError(str(error), 1) from error
-    except ValueError as error:
+    except UsageError as error:
         raise _RefusedError(str(error), 2) from error
 
 

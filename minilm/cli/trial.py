@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from minilm.cli.rehearsal import total_steps
 from minilm.data.streams import TextStream
-from minilm.errors import NonFiniteError, tried
+from minilm.errors import NonFiniteError, UsageError, tried
 from minilm.models.batches import Batch
 from minilm.training.finite import all_finite
 from minilm.training.model import DistillationModel
@@ -81,7 +81,6 @@ def _state_kept(trainer: DistillationTrainer) -> Iterator[None]:
     for buffer, content in buffers:
         buffer.copy_(content)
     model.zero_grad(set_to_none=True)
-    model.clock.seconds()  # those of the trial are no step's
     model.train(before[2])
     random.setstate(before[0])
     np.random.set_state(before[1])  # noqa: NPY002
@@ -133,4 +132,4 @@ def _build_schedule(trainer: DistillationTrainer) -> None:
     for factor in getattr(schedule, "lr_lambdas", []):  # most are a function of the step, and some fail late
         for step in (0, steps // 2, steps):
             if not math.isfinite(factor(step)):
-                raise ValueError(f"the learning rate is {factor(step)} times its value at step {step}")
+                raise UsageError(f"the learning rate is {factor(step)} times its value at step {step}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minilm.data.reading import KINDS, OPENERS, kind_of
+from minilm.errors import UsageError
 
 _TRAIN, _EVAL = ("train", "training"), ("test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation")
 _WORD = re.compile(rf"(?<![a-z])({'|'.join((*_TRAIN, *_EVAL, 'heldout', 'holdout'))})\d*(?![a-z])")
@@ -55,18 +56,18 @@ def choose_files(folder: Path) -> Chosen:
     data = [path for path in files if not _is_documentation(path) and (kind_of(path) or _looks_like_data(path))]
     if not data:
         found = f"nothing but {_some(_names(folder, files))}" if files else "none"
-        raise ValueError(f"the folder {str(folder)!r} holds no data ({', '.join(KINDS)}): it holds {found}")
+        raise UsageError(f"the folder {str(folder)!r} holds no data ({', '.join(KINDS)}): it holds {found}")
     chosen = _once(training_files(folder, data))
     kinds = {kind_of(path) or path.suffix: path for path in reversed(chosen)}
     if len(kinds) > 1 or not kind_of(chosen[0]):
-        raise ValueError(
+        raise UsageError(
             f"the folder {str(folder)!r} must hold one kind of {', '.join(KINDS)} files; it holds "
             f"{_some(_names(folder, sorted(kinds.values())))}: name those to read, for example "
             f"--data {folder}/*{chosen[0].suffix}"
         )
     for path in chosen:
         if not path.is_file():
-            raise ValueError(f"{str(path)!r} is no file that can be read: a broken link, or a pipe")
+            raise UsageError(f"{str(path)!r} is no file that can be read: a broken link, or a pipe")
     return Chosen(chosen, _names(folder, [path for path in files if path not in set(chosen)]))
 
 
@@ -77,7 +78,7 @@ def training_files(folder: Path, files: list[Path]) -> list[Path]:
     chosen = train or [path for path in files if path not in splits]
     if not chosen:
         names = ", ".join(sorted(set(splits.values())))
-        raise ValueError(
+        raise UsageError(
             f"the files of {str(folder)!r} are named as {names}, none as train: to train on them, name them or their "
             f"folder, for example --data {files[0]}"
         )
@@ -159,7 +160,7 @@ def _saved_to_disk(folder: Path) -> Chosen | None:
     if (index := folder / "dataset_dict.json").is_file():
         splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
         if "train" not in splits:
-            raise ValueError(
+            raise UsageError(
                 f"the data set saved in {str(folder)!r} has the splits {', '.join(splits)}, none is train: to train on "
                 f"one, name its folder, for example --data {folder / splits[0]}"
             )

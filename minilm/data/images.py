@@ -19,6 +19,7 @@ from torch import Tensor
 from minilm.data.files import Chosen, training_files, walk
 from minilm.data.reading import DataError, faults_at
 from minilm.data.texts import Found, load_train_split, split_heldout
+from minilm.errors import UsageError
 
 
 def load_images(
@@ -75,7 +76,7 @@ def stack_images(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """
     shapes = sorted({tuple(row["pixel_values"].shape) for row in rows})
     if len(shapes) > 1:
-        raise ValueError(
+        raise UsageError(
             f"images of shapes {shapes[0]} and {shapes[1]} make no batch: the processor must resize or crop to one size"
         )
     return {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
@@ -97,10 +98,10 @@ def find_images(source: str) -> Chosen | None:
     """The files of a source of images that are read; None of a name on the hub. Errors as `load_images`."""
     path = Path(source)
     if not source:
-        raise ValueError("the name of the data is empty: --data takes folders, .parquet files or names on the hub")
+        raise UsageError("the name of the data is empty: --data takes folders, .parquet files or names on the hub")
     if path.is_file():
         if path.suffix.lower() != ".parquet":
-            raise ValueError(
+            raise UsageError(
                 f"cannot read {source!r}: images come from a folder or a .parquet file, not {path.suffix!r}"
             )
         return Chosen([path], [])
@@ -108,24 +109,24 @@ def find_images(source: str) -> Chosen | None:
         try:
             files = walk(path)
         except OSError as error:
-            raise ValueError(f"cannot list the folder {str(error.filename)!r}: {error.strerror}") from error
+            raise UsageError(f"cannot list the folder {str(error.filename)!r}: {error.strerror}") from error
         found = {
             ".parquet": [file for file in files if file.suffix.lower() == ".parquet"],
             "images": [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS],
         }
         kinds = {kind: training_files(path, some) for kind, some in found.items() if some}
         if not kinds:
-            raise ValueError(f"the folder {source!r} holds no image and no .parquet file")
+            raise UsageError(f"the folder {source!r} holds no image and no .parquet file")
         if len(kinds) > 1:
             one, other = (some[0].relative_to(path).as_posix() for some in kinds.values())
-            raise ValueError(
+            raise UsageError(
                 f"the folder {source!r} holds {one} and {other}: name the .parquet files or the images' folder"
             )
         (chosen,) = kinds.values()
         rest = set(files) - set(chosen)
         return Chosen(chosen, [file.relative_to(path).as_posix() for file in files if file in rest])
     if path.suffix == ".parquet" or path.is_absolute() or source.startswith("."):
-        raise ValueError(f"there is no file or folder {source!r}")
+        raise UsageError(f"there is no file or folder {source!r}")
     return None
 
 
@@ -141,21 +142,21 @@ def _open(source: str, chosen: Chosen | None, config: str | None, column: str) -
         with faults_at(partial(repr, str(file))):
             schema, rows = pq.read_schema(file), pq.read_metadata(file).num_rows
         if column not in schema.names:
-            raise ValueError(
+            raise UsageError(
                 f"{str(file)!r} has no column {column!r}; choose with --image_column from {list(schema.names)}"
             )
         if rows:
             options = {"data_files": glob.escape(str(file)), "columns": [column]}
             parts.append(load_train_split(str(file), "parquet", **options))
     if not parts:
-        raise ValueError(f"{source!r} holds no image: its files have no rows")
+        raise UsageError(f"{source!r} holds no image: its files have no rows")
     return datasets.concatenate_datasets(parts), column
 
 
 def _images_of(source: str, rows: datasets.Dataset, column: str) -> datasets.Dataset:
     if column not in rows.column_names:
-        raise ValueError(f"{source!r} has no column {column!r}; choose with --image_column from {rows.column_names}")
+        raise UsageError(f"{source!r} has no column {column!r}; choose with --image_column from {rows.column_names}")
     if not isinstance(rows.features[column], datasets.Image):
-        raise ValueError(f"the column {column!r} of {source!r} holds {rows.features[column]}, not images")
+        raise UsageError(f"the column {column!r} of {source!r} holds {rows.features[column]}, not images")
     rows = rows.select_columns([column]).rename_columns({column: "image"})
     return rows.cast_column("image", datasets.Image(decode=False))  # `PixelValues` decodes, and names what is broken

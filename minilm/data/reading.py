@@ -22,6 +22,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from minilm.errors import UsageError
+
 ROWS_AT_ONCE = 256  # many enough to be fast, few enough to hold
 KINDS = {
     **dict.fromkeys((".txt", ".text", ".tokens", ".raw"), "text"),
@@ -41,7 +43,7 @@ _FAULTS = (OSError, EOFError, ValueError, csv.Error, zlib.error, lzma.LZMAError,
 Rows = Iterator[list[Any]]
 
 
-class DataError(ValueError):
+class DataError(UsageError):
     """What stands in the data cannot be read: one sentence with the file and the row."""
 
     def __init__(self, sentence: str) -> None:
@@ -178,7 +180,7 @@ def _csv_values(path: Path, column: str) -> Iterator[str | None]:
     numbers, others = 0, False
     for record in filter(None, records):
         if len(record) > len(header):
-            raise ValueError(f"it has {len(record)} fields, the header {len(header)}")
+            raise UsageError(f"it has {len(record)} fields, the header {len(header)}")
         value = record[place] if place < len(record) else None
         if value and not others:
             numbers, others = numbers + 1, not _is_number(value)
@@ -206,7 +208,7 @@ def _json_values(path: Path, column: str) -> Iterator[Any]:
     columns: list[str] = []
     for number, record in enumerate(_records(path, column), 1):
         if not isinstance(record, dict):
-            raise ValueError(f"{str(record)[:40]!r} is no record with columns")
+            raise UsageError(f"{str(record)[:40]!r} is no record with columns")
         columns = columns or list(record)
         value = record.get(column)
         seen = seen or column in record  # a record may lack it, but not all of a file's first ones

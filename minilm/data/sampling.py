@@ -1,13 +1,15 @@
 """The order in which an epoch visits indexed data: a function of (seed, epoch) alone.
 
 Neither torch's nor numpy's global generator is read or advanced, so a run resumed in a later epoch sees the order that
-it would have seen.
+it would have seen. (transformers' LengthGroupedSampler draws from torch's.)
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from minilm.errors import UsageError
 
 MEGA_BATCH = 50  # batches that are sorted by length together, as in transformers' LengthGroupedSampler
 
@@ -31,9 +33,9 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, size: int, seed: int, *, lengths: Sequence[int] | None = None, batch_size: int = 1) -> None:
         if lengths is not None and len(lengths) != size:
-            raise ValueError(f"there are {len(lengths)} lengths for {size} sequences")
+            raise UsageError(f"there are {len(lengths)} lengths for {size} sequences")
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+            raise UsageError(f"batch_size must be at least 1, not {batch_size}")
         self.size = size
         self.seed = seed
         self.lengths = None if lengths is None else np.asarray(lengths)

@@ -9,6 +9,7 @@ import datasets
 from minilm.data.files import Chosen
 from minilm.data.reading import ROWS_AT_ONCE, DataError, faults_at, read_rows, try_file
 from minilm.data.texts import load_train_split
+from minilm.errors import UsageError
 
 
 class Shard(NamedTuple):
@@ -37,9 +38,9 @@ def shards_of(source: str, chosen: Chosen | None, config: str | None, column: st
     rows = load_train_split(source, source, name=config, streaming=True)
     first = next(_hub_rows(rows, source, None, 0), None)
     if first is None:
-        raise ValueError(f"{source!r} holds no text: it has no rows")
+        raise UsageError(f"{source!r} holds no text: it has no rows")
     if column not in first:
-        raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {list(first)}")
+        raise UsageError(f"{source!r} has no column {column!r}; choose with --text_column from {list(first)}")
     rows = rows.select_columns([column])
     parts = [rows.shard(rows.num_shards, index) for index in range(rows.num_shards)]
     return [Shard(partial(_hub_texts, part, f"{source}, part {index}", column)) for index, part in enumerate(parts)]

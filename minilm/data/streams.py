@@ -12,6 +12,9 @@ probability w_i / sum(w), by (seed, reader, count); without weights, the shards 
 
 Each batch carries its reader's state after it in "stream_state", so that whoever consumes the batches knows the exact
 position of each worker, however far the workers have read ahead.
+
+Not `datasets.IterableDataset`: its `load_state_dict` begins with an empty shuffle buffer, so that the texts which were
+in it are never trained on (4 of 40 with a buffer of 8), and a resumed run is another one.
 """
 
 import itertools
@@ -38,6 +41,7 @@ from minilm.data.texts import (
     heldout_size,
     mixing_shares,
 )
+from minilm.errors import UsageError
 
 TEXTS_AT_ONCE = 32  # tokenised together for packing
 CHOICES_AT_ONCE = 1024  # of the source, from one generator
@@ -237,7 +241,7 @@ class TextStream(IterableDataset[Batch]):
         for state in states:
             for name, value in self._settings.items():
                 if state["settings"][name] != value:
-                    raise ValueError(
+                    raise UsageError(
                         f"cannot resume the stream: its {name} is {value!r}, the state's {state['settings'][name]!r}"
                     )
         first = self.rank * self._workers
@@ -247,7 +251,7 @@ class TextStream(IterableDataset[Batch]):
         if batches != in_turn:
             given = {first + worker: count for worker, count in batches.items()}
             wanted = {first + worker: count for worker, count in in_turn.items()}
-            raise ValueError(
+            raise UsageError(
                 f"cannot resume the stream: the states are of batches {given} by reader; on rank {self.rank} after "
                 f"{total} batches they must be of {wanted}"
             )
@@ -256,7 +260,7 @@ class TextStream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         if info is not None and info.num_workers != self._workers:
-            raise ValueError(f"the loader has {info.num_workers} workers, the stream was made for {self.num_workers}")
+            raise UsageError(f"the loader has {info.num_workers} workers, the stream was made for {self.num_workers}")
         # A loader takes batches from its workers in turn, beginning with the first: that one must be whose turn it is.
         consumed = sum(state["batches"] for state in self._states.values())
         worker = ((info.id if info else 0) + consumed) % self._workers
@@ -309,14 +313,14 @@ class TextStream(IterableDataset[Batch]):
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+            raise UsageError(f"{name} must be at least 1, not {value}")
 
 
 def _check_readers(lefts: list[float], readers: int) -> None:
     """Raises `ValueError` if a source has fewer texts left to train on than there are readers."""
     for left in lefts:
         if left < readers:
-            raise ValueError(f"a source has {left} texts to train on, fewer than the stream's {readers} readers")
+            raise UsageError(f"a source has {left} texts to train on, fewer than the stream's {readers} readers")
 
 
 def _hold_out(source: str, column: str, shards: list[Shard], most: int) -> Parts:
@@ -327,7 +331,7 @@ def _hold_out(source: str, column: str, shards: list[Shard], most: int) -> Parts
     ahead += itertools.islice(every_text, enough - len(ahead))
     count = len(ahead)
     if not count:
-        raise ValueError(f"{source!r} holds no text: all rows of its column {column!r} are empty")
+        raise UsageError(f"{source!r} holds no text: all rows of its column {column!r} are empty")
     held = ahead[: heldout_size(count, most)]
     _, last, row = held[-1]
     rest = [shards[last]._replace(first_row=row), *shards[last + 1 :]]

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from minilm.data.files import Chosen, choose_files
 from minilm.data.fingerprints import fingerprint_files
 from minilm.data.reading import KINDS, DataError, kind_of, read_rows
+from minilm.errors import UsageError
 
 HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
 
@@ -108,17 +109,17 @@ def without_copies(train: datasets.Dataset, heldout: datasets.Dataset) -> datase
         copies = pc.is_in(batch["text"], value_set=texts).to_pylist()
         kept += [10_000 * number + place for place, copy in enumerate(copies) if not copy]
     if not kept:
-        raise ValueError(f"all {len(train)} texts to train on are copies of the {len(heldout)} held-out ones")
+        raise UsageError(f"all {len(train)} texts to train on are copies of the {len(heldout)} held-out ones")
     return train if len(kept) == len(train) else train.select(kept)
 
 
 def mixing_shares(sources: Sequence[str], weights: Sequence[float]) -> list[float]:
     """The probability of each source. Raises `ValueError` as `load_splits` does for the weights."""
     if len(weights) != len(sources):
-        raise ValueError(f"there are {len(weights)} weights for {len(sources)} sources of data")
+        raise UsageError(f"there are {len(weights)} weights for {len(sources)} sources of data")
     for weight, source in zip(weights, sources, strict=True):
         if not 0 < weight < math.inf:
-            raise ValueError(f"the weight of {source!r} must be a positive number, not {weight}")
+            raise UsageError(f"the weight of {source!r} must be a positive number, not {weight}")
     largest = max(weights)  # first, because their sum may be infinite
     scaled = [weight / largest for weight in weights]
     return [weight / sum(scaled) for weight in scaled]
@@ -138,7 +139,7 @@ def split_heldout(texts: datasets.Dataset, most: int = HELDOUT_MAX) -> tuple[dat
 def heldout_size(count: int, most: int) -> int:
     """How many of `count` texts are held out: one in twenty, at least one, at most `most`; `ValueError` below two."""
     if count < 2:
-        raise ValueError(f"the data hold {count} text; at least 2 are needed, one to train on and one held out")
+        raise UsageError(f"the data hold {count} text; at least 2 are needed, one to train on and one held out")
     return min(most, max(1, int(HELDOUT_SHARE * count)))
 
 
@@ -156,27 +157,27 @@ def find_files(source: str) -> Chosen | None:
     """The files of a source that are read; None of a name on the hub. Raises `ValueError` as `load_texts`."""
     path = Path(source)
     if not source:
-        raise ValueError("the name of the data is empty: --data takes files, folders or names on the hub")
+        raise UsageError("the name of the data is empty: --data takes files, folders or names on the hub")
     chosen = Chosen([path], [])
     if path.is_dir():
         try:
             chosen = choose_files(path)
         except OSError as error:
-            raise ValueError(f"cannot list the folder {str(error.filename)!r}: {error.strerror}") from error
+            raise UsageError(f"cannot list the folder {str(error.filename)!r}: {error.strerror}") from error
     elif path.is_file():
         if kind_of(path) is None:
-            raise ValueError(f"cannot read {source!r}: its suffix {path.suffix!r} is none of {', '.join(KINDS)}")
+            raise UsageError(f"cannot read {source!r}: its suffix {path.suffix!r} is none of {', '.join(KINDS)}")
         if not path.stat().st_size:
-            raise ValueError(f"{source!r} holds no text: the file is empty")
+            raise UsageError(f"{source!r} holds no text: the file is empty")
     elif path.exists():
-        raise ValueError(f"{source!r} is neither a file nor a folder")
+        raise UsageError(f"{source!r} is neither a file nor a folder")
     elif kind_of(path) or path.is_absolute() or source.startswith("."):
-        raise ValueError(f"there is no file or folder {source!r}")
+        raise UsageError(f"there is no file or folder {source!r}")
     else:
         return None
     for file in chosen.files:
         if not str(file).isprintable() and any("\ud800" <= letter <= "\udfff" for letter in str(file)):
-            raise ValueError(f"the file name {str(file)!r} is not UTF-8: rename it")
+            raise UsageError(f"the file name {str(file)!r} is not UTF-8: rename it")
     return chosen
 
 
@@ -189,7 +190,7 @@ def find_sources(sources: Sequence[str]) -> Found:
         for file in [source] if chosen is None else map(os.path.realpath, chosen.files):
             if file in seen:
                 where = "twice" if seen[file] == source else f"in {seen[file]!r} and in {source!r}"
-                raise ValueError(
+                raise UsageError(
                     f"the data hold {file!r} {where}: name it once, --data_weights say how often it counts"
                 )
             seen[file] = source
@@ -234,7 +235,7 @@ def load_train_split(source: str, builder: str, **options: Any) -> Any:
             raise _cache_error(cause) from error
         reason = " ".join(str(cause).split())
         here = "" if Path(source).exists() else ", which is no file or folder here, from the hub"
-        raise ValueError(f"cannot load the data {source!r}{here}: {reason}") from error
+        raise UsageError(f"cannot load the data {source!r}{here}: {reason}") from error
 
 
 def _concatenated(texts: list[datasets.Dataset]) -> datasets.Dataset:
@@ -280,14 +281,14 @@ def _texts(source: str, files: tuple[str, ...], column: str, stamps: object) -> 
 
 def _text_of(source: str, rows: datasets.Dataset, column: str) -> datasets.Dataset:
     if column not in rows.column_names:
-        raise ValueError(f"{source!r} has no column {column!r}; choose with --text_column from {rows.column_names}")
+        raise UsageError(f"{source!r} has no column {column!r}; choose with --text_column from {rows.column_names}")
     feature = rows.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(
+        raise UsageError(
             f"the column {column!r} of {source!r} holds {feature}, not text; its columns: {rows.column_names}"
         )
     texts = rows.select_columns([column]).rename_columns({column: "text"}).cast_column("text", datasets.Value("string"))
     texts = texts.filter(lambda batch: [bool(text and text.strip()) for text in batch["text"]], batched=True)
     if not len(texts):
-        raise ValueError(f"{source!r} holds no text: all {len(rows)} rows of its column {column!r} are empty")
+        raise UsageError(f"{source!r} holds no text: all {len(rows)} rows of its column {column!r} are empty")
     return texts

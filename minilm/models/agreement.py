@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from minilm.errors import UsageError
 from minilm.models.embeddings import pool
 
 TEXTS = 256  # 32,640 pairs: the correlation to two digits, in seconds
@@ -47,7 +48,7 @@ class Agreement:
         self, teacher: nn.Module, rows: Rows, collate: Callable[[Rows], Any], batch_size: int, pooling: Sequence[str]
     ) -> None:
         if len(rows) < FEWEST_TEXTS:
-            raise ValueError(f"agreement needs {FEWEST_TEXTS} texts, got {len(rows)}")
+            raise UsageError(f"agreement needs {FEWEST_TEXTS} texts, got {len(rows)}")
         self.rows = [rows[index] for index in range(min(TEXTS, len(rows)))]
         self.neighbours = min(NEIGHBOURS, len(self.rows) - 2)  # of all others there would be no choice
         self._by_length = sorted(range(len(self.rows)), key=lambda index: len(self.rows[index]["input_ids"]))

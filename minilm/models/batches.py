@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
 from minilm.models.capture import QKV
 from minilm.models.probes import base_of, captured_and_hidden, is_causal, model_tried, moved_tokens, random_tokens
 
@@ -65,7 +66,7 @@ def _beginnings(batch: Batch, token: Tensor) -> Tensor | None:
     begins.scatter_(1, token.int().argmax(1, keepdim=True), True)
     if "cu_seq_lens_q" in batch:
         if len(token) != 1 or batch["cu_seq_lens_q"][-1] != token.shape[1]:
-            raise ValueError(
+            raise UsageError(
                 f"cu_seq_lens_q ends at {int(batch['cu_seq_lens_q'][-1])}, the batch is {tuple(token.shape)}: "
                 "it tells sequences apart in one row of as many tokens"
             )
@@ -128,7 +129,7 @@ def by_token(model: PreTrainedModel, batch: Batch, tokens: int | None) -> Batch:
         what = "text and pixels: leave out pixel_values"
         if "input_ids" not in batch:
             what = "every example, padding or not: leave out the mask"
-        raise ValueError(
+        raise UsageError(
             f"attention_mask is {tuple(mask.shape)}, and {type(model).__name__} makes {tokens} tokens of {what}"
         )
     return {**batch, "attention_mask": shorten(tokens, mask)}
@@ -204,7 +205,7 @@ def check_batch(model: PreTrainedModel, kind: str, causal: bool) -> None:
         check_prefixes(model)
     elif check_packable(model) != causal:
         sees = "sees" if causal else "does not see"
-        raise ValueError(
+        raise UsageError(
             f"the loss is causal={causal} and {type(model).__name__} {sees} tokens ahead: "
             f"packed texts get one mask for both, so give MiniLMLoss causal={not causal}"
         )
@@ -223,9 +224,9 @@ def check_packable(model: PreTrainedModel) -> bool:
     """
     name, attention = type(model).__name__, model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
-        raise ValueError(f"packing needs attention by 'sdpa' or 'eager', {name} was loaded with {attention!r}")
+        raise UsageError(f"packing needs attention by 'sdpa' or 'eager', {name} was loaded with {attention!r}")
     if "position_ids" not in inspect.signature(base_of(model).forward).parameters:
-        raise ValueError(f"packing needs positions that restart, and {name} takes no position_ids: leave out --packing")
+        raise UsageError(f"packing needs positions that restart, and {name} takes no position_ids: leave out --packing")
     causal = is_causal(model)
     key = type(base_of(model)), causal
     differences = []
@@ -237,7 +238,7 @@ def check_packable(model: PreTrainedModel) -> bool:
             if differences[-1] <= _rounding(model):
                 return causal
     del _window_is_inclusive[key]
-    raise ValueError(
+    raise UsageError(
         f"{name} does not keep packed sequences apart: its q, k, v or output differ by {min(differences):.0e} from "
         f"those of the sequences alone, where {_rounding(model):.0e} would be rounding: leave out --packing"
     )
@@ -258,7 +259,7 @@ def check_prefixes(model: PreTrainedModel) -> None:
         last_of_prefix, behind = (bool(moved[:3].any()) for moved in moved_tokens(base, inputs, (3, 4), tokens[8]))
     if behind or not last_of_prefix:
         seen = "also see" if behind else "do not see each other, nor"
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} does not keep to the mask of a prefix: its tokens {seen} what is behind it"
         )
 

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from minilm.errors import UsageError
 from minilm.models.layers import computes_by_itself, num_layers, places_of, reads_interface, resolve_layer, uncompiled
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -102,10 +103,10 @@ class _Recorder:
         model = uncompiled(model)
         if model.config.is_encoder_decoder and hasattr(model.base_model, "decoder"):
             name = type(model).__name__
-            raise ValueError(f"{name} is an encoder-decoder: capture model.get_encoder() or model.get_decoder()")
+            raise UsageError(f"{name} is an encoder-decoder: capture model.get_encoder() or model.get_decoder()")
         self.wanted = {layer: resolve_layer(model, layer) for layer in layers}
         if not self.wanted:
-            raise ValueError(f"layers is {layers!r}: name at least one layer of 1 to {num_layers(model)}")
+            raise UsageError(f"layers is {layers!r}: name at least one layer of 1 to {num_layers(model)}")
         self.model = model
         self.modules = list(model.modules())
         _refuse_reentrant_checkpointing(self.modules)
@@ -124,7 +125,7 @@ class _Recorder:
         if id(module) not in self.places or graph_task() != self._begun_in:
             return False
         if id(module) in self.several:
-            raise ValueError(
+            raise UsageError(
                 f"{type(self.model).__name__} has several attentions ({type(module).__name__}) in each of the "
                 f"{num_layers(self.model)} layers that its config counts, by stage or by group: no number names one"
             )
@@ -146,12 +147,12 @@ class _Recorder:
         layer = self.wanted[missing[0]]
         inside = [module for module in self.modules if layer in self.places.get(id(module), ())]
         if not any(map(reads_interface, inside)):
-            raise ValueError(f"no attention of layers {missing} was seen: {computes_by_itself(self.model, inside)}")
+            raise UsageError(f"no attention of layers {missing} was seen: {computes_by_itself(self.model, inside)}")
         name = type(self.model).__name__
         if not self._owners:
-            raise ValueError(f"no attention of layers {missing} was seen: no forward of {name} ran inside capture")
+            raise UsageError(f"no attention of layers {missing} was seen: no forward of {name} ran inside capture")
         ran = sorted(self._owners)
-        raise ValueError(f"no attention of layers {missing} was seen: the forward of {name} ran that of layers {ran}")
+        raise UsageError(f"no attention of layers {missing} was seen: the forward of {name} ran that of layers {ran}")
 
 
 def _fold(query: Tensor, scaling: float | None) -> Tensor:
@@ -210,7 +211,7 @@ def _eager_attention(module: nn.Module) -> Callable[..., Any]:
         function: Callable[..., Any] = forward.__globals__[names[0]]
         return function
     name = type(module).__name__
-    raise ValueError(f'capture does not find the eager attention of {name}: load with attn_implementation="sdpa"')
+    raise UsageError(f'capture does not find the eager attention of {name}: load with attn_implementation="sdpa"')
 
 
 class _Unswitched:
@@ -281,7 +282,7 @@ def _refuse_reentrant_checkpointing(modules: list[nn.Module]) -> None:
         function = module.__dict__.get("_gradient_checkpointing_func")
         active = function is not None and module.training and module.gradient_checkpointing
         if active and getattr(function, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
+            raise UsageError(
                 "reentrant checkpointing gives captured tensors no gradient: "
                 'enable gradient checkpointing with {"use_reentrant": False}, it has {"use_reentrant": True}'
             )
@@ -298,7 +299,7 @@ def _refuse_layerdrop(model: PreTrainedModel) -> None:
     }
     for where, probability in (kept or {"config.layerdrop": getattr(model.config, "layerdrop", 0.0)}).items():
         if probability:
-            raise ValueError(
+            raise UsageError(
                 f"{type(model).__name__} in training mode leaves out whole layers at random: "
                 f"set model.{where} = 0.0, it is {probability}"
             )

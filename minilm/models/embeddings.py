@@ -18,6 +18,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from minilm.errors import UsageError
+
 MODULES = "modules.json"
 BESIDE = ("config_sentence_transformers.json", "sentence_*_config.json")  # prompts; the length at which a text is cut
 ON_THE_HUB = (MODULES, *BESIDE, "[1-9]_*/*")
@@ -67,7 +69,7 @@ def sentence_files(teacher: str) -> SentenceFiles | None:
                 return _read(folder, transformer, json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError, OSError) as error:
                 reason = f"{type(error).__name__}: {error}"
-                raise ValueError(
+                raise UsageError(
                     f"cannot read the sentence-transformers modules in {str(path)!r} ({reason})"
                 ) from error
     return None
@@ -85,7 +87,7 @@ def _read(folder: Path, transformer: Path, modules: list[dict[str, Any]]) -> Sen
     for module in others:
         place = folder / module["path"]
         if not place.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"the path {module['path']!r} leads out of the folder")
+            raise UsageError(f"the path {module['path']!r} leads out of the folder")
         if module["path"]:
             files |= {path.relative_to(folder).as_posix(): path for path in place.rglob("*") if path.is_file()}
     config = json.loads((folder / others[kinds.index("Pooling") - 1]["path"] / "config.json").read_text("utf-8"))
@@ -124,5 +126,5 @@ def _pooling(config: dict[str, Any]) -> tuple[str, ...]:
     named = config.get("pooling_mode") or [name for name, key in POOLINGS.items() if config.get(key)] or MEAN
     names = (named,) if isinstance(named, str) else tuple(named)
     if unknown := [name for name in names if name not in POOLINGS]:
-        raise ValueError(f"pooling {unknown[0]!r} is none of {', '.join(POOLINGS)}")
+        raise UsageError(f"pooling {unknown[0]!r} is none of {', '.join(POOLINGS)}")
     return names

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
+
 
 class TokenOutput(NamedTuple):
     """What a vocabulary head multiplies into logits: hidden @ weight.T + bias."""
@@ -53,7 +55,7 @@ def check_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     if output_layer is None:
         labels, problem = len(model.config.id2label or ()), model.config.problem_type
         if labels < 2 or problem == "multi_label_classification":
-            raise ValueError(
+            raise UsageError(
                 f"{name} with {labels} labels and problem_type {problem!r} does not choose one of several labels, "
                 "so there is no softmax to distil"
             )
@@ -66,7 +68,7 @@ def check_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     with output_layer.register_forward_hook(replace), torch.no_grad():
         logits = model(**inputs).logits
     if not torch.equal(logits, expected.to(logits).expand_as(logits)):
-        raise ValueError(f"{name} does not return what its output layer computes, but changes it: use another teacher")
+        raise UsageError(f"{name} does not return what its output layer computes, but changes it: use another teacher")
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def _output_layer(model: PreTrainedModel) -> nn.Linear | None:
     layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(layer, nn.Linear):
         found = "nothing" if layer is None else type(layer).__name__
-        raise ValueError(f"{name} has no head to distil: its output embeddings are {found}, not a Linear")
+        raise UsageError(f"{name} has no head to distil: its output embeddings are {found}, not a Linear")
     return layer
 
 
@@ -114,6 +116,6 @@ def _run_up_to(model: PreTrainedModel, output_layer: nn.Linear, inputs: Mapping[
             model(**inputs)
         except _ReachedOutput:
             return found[0]
-    raise ValueError(
+    raise UsageError(
         f"{type(model).__name__} computes its logits without calling its output layer: use another teacher"
     )

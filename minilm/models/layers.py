@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
+
 
 def num_layers(model_or_config: Any) -> int:
     """Number of Transformer layers, as the config counts them.
@@ -15,7 +17,7 @@ def num_layers(model_or_config: Any) -> int:
     config = getattr(model_or_config, "config", model_or_config)
     layers = getattr(config, _layers_name(model_or_config), None)
     if not isinstance(layers, int):
-        raise ValueError(f"{type(config).__name__} has no num_hidden_layers: pass one Transformer of the model")
+        raise UsageError(f"{type(config).__name__} has no num_hidden_layers: pass one Transformer of the model")
     return layers
 
 
@@ -32,7 +34,7 @@ def resolve_layer(model_or_config: Any, layer: int) -> int:
     """The layer's number from 1 (bottom) to L; -1 is the last. Raises `ValueError` outside 1..L and -L..-1."""
     last = num_layers(model_or_config)
     if not 1 <= abs(layer) <= last:
-        raise ValueError(f"layer {layer} does not exist: layers are 1 to {last}, or -{last} to -1 from the last down")
+        raise UsageError(f"layer {layer} does not exist: layers are 1 to {last}, or -{last} to -1 from the last down")
     return layer if layer > 0 else last + 1 + layer
 
 
@@ -73,7 +75,7 @@ def places_of(model: PreTrainedModel, modules: list[nn.Module]) -> tuple[dict[in
         for module_id, found in own.items():
             places.setdefault(module_id, tuple(found))
     if not places:
-        raise ValueError(_other_count(model, modules))
+        raise UsageError(_other_count(model, modules))
     return places, several
 
 
@@ -86,7 +88,7 @@ def numbered(model: PreTrainedModel) -> list[tuple[nn.Module, list[int]]]:
     for layers in modules:
         if isinstance(layers, _LISTS) and len(layers) == len(runs) and any(map(reads_interface, layers.modules())):
             return list(zip(layers, runs, strict=True))
-    raise ValueError(_other_count(model, modules))
+    raise UsageError(_other_count(model, modules))
 
 
 def _runs(model: PreTrainedModel) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minilm.errors import first_line
+from minilm.errors import UsageError, first_line
 from minilm.models.capture import QKV, capture
 
 _MOVED = 1e-5  # of a token's norm; what cannot be seen stays to the bit, but for experts whose batches differ
@@ -32,7 +32,7 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         return {name: random_tokens(model, 2)[None]}
     shape = _SHAPES.get(name, lambda config: None)(model.config)
     if shape is None:
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} takes {name!r} of a form that is not known here: supported are input_ids, images "
             "and films (pixel_values), samples and spectrograms (input_values, input_features)"
         )
@@ -42,7 +42,7 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 def check_no_films(model: PreTrainedModel) -> None:
     """Raises `ValueError` for a model of films: minilm-train reads texts and images, `DistillationTrainer` anything."""
     if model.main_input_name == "pixel_values" and probe_inputs(model)["pixel_values"].ndim == 5:
-        raise ValueError(
+        raise UsageError(
             f"the teacher is a {type(model).__name__}, which takes films, and minilm-train reads texts and images: "
             "train its student in Python with DistillationTrainer"
         )
@@ -79,7 +79,7 @@ def model_tried(model: PreTrainedModel, what: str, but: tuple[type[Exception], .
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{type(model).__name__} does not {what} ({why})") from error
+        raise UsageError(f"{type(model).__name__} does not {what} ({why})") from error
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def is_causal(model: PreTrainedModel) -> bool:
     ahead = [bool(early[:1].any()), bool(late[:6].any())]
     if ahead[0] != ahead[1]:
         where = "early" if ahead[0] else "late"
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} looks ahead from {where} tokens only: its relations would be neither causal nor "
             "free, and such masks are supported through prefix_lengths alone"
         )

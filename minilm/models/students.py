@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
 from minilm.models.layers import num_layers as layers_of
 from minilm.models.layers import resolve_layer
 from minilm.models.observe import Needs, Observed, observe
@@ -72,14 +73,14 @@ def build_student(
     "pca" to a wider student, for "pca" without word embeddings, and for `with_head` where the teacher has none.
     """
     if init not in get_args(Init):
-        raise ValueError(f"init {init!r} is none of {', '.join(get_args(Init))}")
+        raise UsageError(f"init {init!r} is none of {', '.join(get_args(Init))}")
     sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
     for name, size in {"num_layers": num_layers, **sizes}.items():
         if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1")
+            raise UsageError(f"{name} is {size}: it must be at least 1")
     base = base_of(teacher)
     if with_head and teacher is base:
-        raise ValueError(f"the teacher is a {type(teacher).__name__}, which has no head for the student to have")
+        raise UsageError(f"the teacher is a {type(teacher).__name__}, which has no head for the student to have")
     layers = _choose_layers(base, num_layers, teacher_layers)
     config = _student_config(base, layers, hidden_size, num_heads, intermediate_size)
 
@@ -104,14 +105,14 @@ def _resolve_init(
         init = "layers" if available == wanted and enough_layers else "random"
     copies_layers = init in ("layers", "slice")
     if teacher_layers is not None and not copies_layers:
-        raise ValueError(f"teacher_layers {list(teacher_layers)} is given, but the student's layers start random")
+        raise UsageError(f"teacher_layers {list(teacher_layers)} is given, but the student's layers start random")
     if copies_layers and not enough_layers:
-        raise ValueError(f"init {init!r} takes {count} layers from a teacher that has {layers_of(base)}")
+        raise UsageError(f"init {init!r} takes {count} layers from a teacher that has {layers_of(base)}")
     for name in available:
         if init == "layers" and wanted[name] != available[name]:
-            raise ValueError(f"init 'layers' copies {name} {available[name]}, the student's is {wanted[name]}")
+            raise UsageError(f"init 'layers' copies {name} {available[name]}, the student's is {wanted[name]}")
         if init == "slice" and name != "num_heads" and wanted[name] > available[name]:
-            raise ValueError(f"init 'slice' cannot widen {name} from {available[name]} to {wanted[name]}")
+            raise UsageError(f"init 'slice' cannot widen {name} from {available[name]} to {wanted[name]}")
     if init == "pca":
         check_projection(base, config)
     return init
@@ -161,7 +162,7 @@ def _check_layers_below(student: PreTrainedModel, trainable: Iterable[str], unus
         for index in range(layers_of(student) - 1):
             of_layer = [name for name in names if name.startswith(f"{path}.{index}.")]
             if of_layer and unused.issuperset(of_layer):
-                raise ValueError(
+                raise UsageError(
                     f"the relations of layer {layers_of(student)} of {type(student).__name__} reach nothing in its "
                     f"layer {index + 1} ({path}.{index}): is the gradient cut between them, or does the layer not run?"
                 )
@@ -190,7 +191,7 @@ def _choose_layers(teacher: PreTrainedModel, count: int | None, teacher_layers: 
     available = layers_of(teacher)
     if teacher_layers is not None:
         if count not in (None, len(teacher_layers)):
-            raise ValueError(f"teacher_layers names {len(teacher_layers)} layers, num_layers is {count}")
+            raise UsageError(f"teacher_layers names {len(teacher_layers)} layers, num_layers is {count}")
         return [resolve_layer(teacher, layer) for layer in teacher_layers]
     count = count or available
     if count > available:
@@ -207,7 +208,7 @@ def _student_config(
 ) -> Any:
     """A fresh config with the student's sizes (`to_dict` leaves out the attention implementation)."""
     if not isinstance(base.config.num_attention_heads, int):
-        raise ValueError(
+        raise UsageError(
             f"{type(base).__name__} has {base.config.num_attention_heads} heads, by stage: "
             "a student is built of layers that are alike"
         )
@@ -230,7 +231,7 @@ def _student_config(
 
     if head_dim(teacher) * teacher.num_attention_heads == teacher.hidden_size:
         if width % heads:
-            raise ValueError(f"hidden_size {width} is not divisible by num_heads {heads}")
+            raise UsageError(f"hidden_size {width} is not divisible by num_heads {heads}")
         if values.get("head_dim") is not None:
             put("head_dim", width // heads)
     if "num_key_value_heads" in values:
@@ -240,7 +241,7 @@ def _student_config(
     ffn = next((name for name in FFN_NAMES if name in values), None)
     if intermediate_size is not None:
         if ffn is None:
-            raise ValueError(f"the config of {teacher.model_type!r} names no FFN size: leave out intermediate_size")
+            raise UsageError(f"the config of {teacher.model_type!r} names no FFN size: leave out intermediate_size")
         values[ffn] = intermediate_size
     elif ffn is not None and values[ffn] is not None:
         values[ffn] = round(values[ffn] * width / teacher.hidden_size)

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from minilm.errors import UsageError
 from minilm.models.heads import has_vocabulary_head, logits_of_first
 from minilm.models.teacher_files import explain, one_line
 
@@ -77,7 +78,7 @@ def read_teacher(name: str, *, head: bool = False) -> Teacher:
     """
     with _in_a_sentence(name), quiet():
         if os.path.isfile(os.path.join(name, "adapter_config.json")):
-            raise ValueError("an adapter")  # which transformers would load with another model below it
+            raise UsageError("an adapter")  # which transformers would load with another model below it
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     _check_kind(name, config)
     load = _class_with_head(name, config) if head else AutoModel
@@ -91,7 +92,7 @@ def read_teacher(name: str, *, head: bool = False) -> Teacher:
         )
     _check_weights(name, model, info, head)
     if model.main_input_name not in ("input_ids", "pixel_values"):
-        raise ValueError(
+        raise UsageError(
             f"the teacher {name!r} is a {type(model).__name__}, which takes {model.main_input_name}: name a model of "
             "texts or images"
         )
@@ -120,10 +121,10 @@ def resolve_length(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     positions = _positions(teacher)
     length = min(USUAL_LENGTH, positions or USUAL_LENGTH) if max_length is None else max_length
     if positions is not None and length > positions:
-        raise ValueError(f"max_length {length} is more than the teacher's {positions} positions")
+        raise UsageError(f"max_length {length} is more than the teacher's {positions} positions")
     special = tokenizer.num_special_tokens_to_add()
     if length <= special:
-        raise ValueError(f"max_length {length} leaves no room beside the tokenizer's {special} special tokens")
+        raise UsageError(f"max_length {length} leaves no room beside the tokenizer's {special} special tokens")
     return length
 
 
@@ -148,10 +149,10 @@ def _in_a_sentence(name: str, part: str = "") -> Iterator[None]:
     except Exception as error:
         of_part = f"its {part}: " if part else ""
         here = "" if os.path.exists(name) else ", which is no folder here, from the hub"
-        raise ValueError(f"cannot load the teacher {name!r}{here}: {of_part}{explain(name, error, part)}") from error
+        raise UsageError(f"cannot load the teacher {name!r}{here}: {of_part}{explain(name, error, part)}") from error
 
 
-class _NoHeadError(ValueError):
+class _NoHeadError(UsageError):
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"the teacher {name!r} has no trained head ({why}): leave out --output_weight")
 
@@ -160,19 +161,19 @@ def _check_kind(name: str, config: Any) -> None:
     """Before the weights are read: whether the config is that of one model, in float numbers."""
     parts = sorted(type(config).sub_configs)
     if config.is_encoder_decoder:
-        raise ValueError(
+        raise UsageError(
             f"the teacher {name!r} is an encoder-decoder ({config.model_type}), of which relations are taken from one "
             "half: name a model that is an encoder or a decoder alone, or distil model.get_encoder() in Python with "
             "attention_qkv and fused_minilm_loss"
         )
     if len(parts) > 1 and ("text_config" in parts or not hasattr(config, "hidden_size")):
-        raise ValueError(
+        raise UsageError(
             f"the teacher {name!r} is several models in one ({config.model_type}: {', '.join(parts)}): save the one to "
             "distil with its tokenizer or image processor in a folder of its own, and name that"
         )
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
-        raise ValueError(f"the weights of the teacher {name!r} are quantised ({method}): name its unquantised weights")
+        raise UsageError(f"the weights of the teacher {name!r} are quantised ({method}): name its unquantised weights")
 
 
 def _class_with_head(name: str, config: Any) -> Any:
@@ -189,20 +190,20 @@ def _head_loader(class_name: str) -> Any:
 def _check_weights(name: str, model: PreTrainedModel, info: Mapping[str, Iterable[Any]], head: bool) -> None:
     if mismatched := sorted(info["mismatched_keys"]):
         key, saved, wanted = mismatched[0]
-        raise ValueError(
+        raise UsageError(
             f"the weights of the teacher {name!r} do not fit its config: {key} is {tuple(saved)}, the config makes it "
             f"{tuple(wanted)}{_and_others(mismatched)}"
         )
     _check_missing(name, model, info["missing_keys"], head)
     if dropped := sorted(key for key in info["unexpected_keys"] if _is_of_body(key, model)):
-        raise ValueError(
+        raise UsageError(
             f"the teacher {name!r} has weights that {type(model).__name__} does not take, {dropped[0]} for one"
             f"{_and_others(dropped)}: its config.json tells of another model, or of one that this transformers lacks"
         )
     for key, parameter in model.named_parameters():
         low, high = parameter.detach().aminmax() if parameter.numel() else (parameter.new_zeros(()),) * 2
         if not (low.isfinite() and high.isfinite()):  # NaN is the least and the greatest
-            raise ValueError(f"the teacher {name!r} has weights that are not finite numbers: {key} holds NaN or inf")
+            raise UsageError(f"the teacher {name!r} has weights that are not finite numbers: {key} holds NaN or inf")
 
 
 def _check_missing(name: str, model: PreTrainedModel, missing_keys: Iterable[str], head: bool) -> None:
@@ -215,7 +216,7 @@ def _check_missing(name: str, model: PreTrainedModel, missing_keys: Iterable[str
     if missing:
         (saved_as, *_), made = model.config.architectures or [""], type(model).__name__
         other = saved_as not in ("", made) and _head_loader(saved_as) is None
-        raise ValueError(
+        raise UsageError(
             f"the weights of the teacher {name!r} lack {len(missing)} of its tensors, {missing[0]} for one"
             + (f": they are of a {saved_as}, and transformers loads a {made}" if other else "")
         )
@@ -242,14 +243,14 @@ def _and_others(found: list[Any]) -> str:
 def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     special = len(tokenizer.all_special_tokens)
     if len(tokenizer) <= special:  # what transformers makes of a folder without tokenizer files
-        raise ValueError(f"the tokenizer of {name!r} has no tokens but {special} special ones: are its files there?")
+        raise UsageError(f"the tokenizer of {name!r} has no tokens but {special} special ones: are its files there?")
     rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer of {name!r} has {len(tokenizer)} tokens, the model embeds {rows}")
+        raise UsageError(f"the tokenizer of {name!r} has {len(tokenizer)} tokens, the model embeds {rows}")
     try:
         tokenizer(["a"], truncation=True, max_length=8)
     except Exception as error:
-        raise ValueError(
+        raise UsageError(
             f"the {type(tokenizer).__name__} of {name!r} does not take a plain text: {one_line(error)}"
         ) from error
 
@@ -263,7 +264,7 @@ def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         known = [by_config] if by_config is not None and 0 <= by_config < len(tokenizer) else []
         candidates = [*known, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
         if not candidates:
-            raise ValueError(f"the tokenizer of {name!r} has no padding token and no end-of-text token to pad with")
+            raise UsageError(f"the tokenizer of {name!r} has no padding token and no end-of-text token to pad with")
         if head and not has_vocabulary_head(model):  # which may not take a text's own last token for padding
             candidates += [token for token in tokenizer.all_special_ids if token not in candidates]
     if not head:
@@ -277,7 +278,7 @@ def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             model.config.pad_token_id = of_config
             if _same_in_a_batch(model, alone, [short, long], token):
                 return
-    raise ValueError(
+    raise UsageError(
         f"{type(model).__name__} of {name!r} gives a text another output in a batch than alone, whether its config "
         f"pads with {own} or the tokenizer's {candidates[0]}: use another teacher, or leave out --output_weight"
     )

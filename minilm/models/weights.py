@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
 from minilm.models.layers import num_layers as layers_of
 
 # In no attribute_map of transformers.
@@ -93,10 +94,10 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: lis
 def check_projection(teacher: PreTrainedModel, config: Any) -> None:
     words = teacher.get_input_embeddings()
     if not isinstance(words, nn.Embedding):
-        raise ValueError(f"init 'pca' projects word embeddings, {type(teacher).__name__} has none")
+        raise UsageError(f"init 'pca' projects word embeddings, {type(teacher).__name__} has none")
     wanted = getattr(config, "embedding_size", config.hidden_size)
     if wanted > words.embedding_dim:
-        raise ValueError(f"init 'pca' cannot widen the embeddings from {words.embedding_dim} to {wanted}")
+        raise UsageError(f"init 'pca' cannot widen the embeddings from {words.embedding_dim} to {wanted}")
 
 
 @torch.no_grad()
@@ -119,5 +120,5 @@ def _cut(name: str, source: Tensor, shape: torch.Size, have: dict[str, int], wan
         elif rows == kept or (rows, kept) in narrower:
             source = source.narrow(axis, 0, kept)
         else:
-            raise ValueError(f"init 'slice' does not know how to cut {name} from {rows} to {kept}")
+            raise UsageError(f"init 'slice' does not know how to cut {name} from {rows} to {kept}")
     return source

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from minilm.errors import UsageError
 from minilm.models.batches import Batch, token_mask
 from minilm.models.heads import ExampleOutput, Output, TokenOutput
 from minilm.models.observe import Needs, Observed
@@ -46,18 +47,18 @@ def output_loss(
         return total, _count(student.logits)
     if not (isinstance(student, TokenOutput) and isinstance(teacher, TokenOutput)):
         kinds = [type(output).__name__ for output in (teacher, student)]
-        raise ValueError(
+        raise UsageError(
             f"the teacher gives a {kinds[0]} and the student a {kinds[1]}: both need the same kind of head"
         )
     if student.hidden.shape[:2] != teacher.hidden.shape[:2]:
-        raise ValueError(
+        raise UsageError(
             f"the teacher's output is for (batch, tokens) {tuple(teacher.hidden.shape[:2])}, "
             f"the student's for {tuple(student.hidden.shape[:2])}"
         )
     if attention_mask is None:
         rows_s, rows_t = (output.hidden.flatten(0, 1) for output in (student, teacher))
     elif attention_mask.shape != student.hidden.shape[:2]:
-        raise ValueError(
+        raise UsageError(
             f"attention_mask is {tuple(attention_mask.shape)}, (batch, tokens) is {tuple(student.hidden.shape[:2])}"
         )
     else:  # one index for both: finding it waits for the device
@@ -122,11 +123,11 @@ def soft_label_kl(
         ("teacher", teacher_hidden, teacher_weight),
     ):
         if hidden.shape[1] != weight.shape[1]:
-            raise ValueError(f"the {who}'s hidden states are {hidden.shape[1]} wide, its weight {weight.shape[1]}")
+            raise UsageError(f"the {who}'s hidden states are {hidden.shape[1]} wide, its weight {weight.shape[1]}")
     if len(student_hidden) != len(teacher_hidden):
-        raise ValueError(f"the teacher has {len(teacher_hidden)} rows, the student {len(student_hidden)}")
+        raise UsageError(f"the teacher has {len(teacher_hidden)} rows, the student {len(student_hidden)}")
     if len(student_weight) != len(teacher_weight):
-        raise ValueError(f"the teacher's vocabulary is {len(teacher_weight)}, the student's {len(student_weight)}")
+        raise UsageError(f"the teacher's vocabulary is {len(teacher_weight)}, the student's {len(student_weight)}")
     student: tuple[Tensor | None, ...] = student_hidden, student_weight, student_bias
     if any(x is not None and unpack_dual(x).tangent is not None for x in student):  # which a detached one would lose
         raise NotImplementedError("soft_label_kl has no forward-mode derivative: use reverse mode")
@@ -230,7 +231,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _example_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     check_temperature(temperature)
     if student.shape != teacher.shape:
-        raise ValueError(
+        raise UsageError(
             f"the teacher's logits are (batch, classes) {tuple(teacher.shape)}, the student's {tuple(student.shape)}"
         )
     wide = torch.promote_types(student.dtype, torch.float32)
@@ -247,8 +248,8 @@ def check_temperature(temperature: float) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number, not a {type(temperature).__name__}")
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: it must be positive")
+        raise UsageError(f"temperature is {temperature}: it must be positive")
     if not LEAST_TEMPERATURE <= temperature <= GREATEST_TEMPERATURE:
-        raise ValueError(
+        raise UsageError(
             f"temperature is {temperature}: it must lie between {LEAST_TEMPERATURE:g} and {GREATEST_TEMPERATURE:g}"
         )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from minilm.errors import UsageError
 from minilm.models.batches import Batch, relation_mask, relation_qkv
 from minilm.models.observe import Needs, Observed
 from minilm.objectives.loss import MiniLMLoss
@@ -30,11 +31,11 @@ class Relations(Term):
     def __init__(self, criterion: MiniLMLoss, layers: Mapping[int, int] = LAST_TO_LAST) -> None:
         super().__init__()
         if criterion.reduction != "sequence":
-            raise ValueError(
+            raise UsageError(
                 f"a step is the mean over its sequences: reduction must be 'sequence', not {criterion.reduction!r}"
             )
         if not layers:
-            raise ValueError(f"layers is {layers!r}: name at least one of the student's and one of the teacher's")
+            raise UsageError(f"layers is {layers!r}: name at least one of the student's and one of the teacher's")
         self.criterion = criterion
         self.layers = dict(layers)
         self.parts = {

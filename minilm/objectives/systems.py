@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
 from minilm.models.capture import QKV
 from minilm.models.heads import has_vocabulary_head
 from minilm.objectives.loss import MiniLMLoss
@@ -90,13 +91,13 @@ def parse_relations(text: str) -> dict[str, float]:
     for item in text.split(","):
         relation, colon, weight = item.strip().partition(":")
         if relation in weights:
-            raise ValueError(f"relation {relation!r} stands twice in {text!r}")
+            raise UsageError(f"relation {relation!r} stands twice in {text!r}")
         try:
             weights[relation] = float(weight) if colon else 1.0
         except ValueError:
-            raise ValueError(f"the weight {weight!r} of relation {relation!r} in {text!r} is no number") from None
+            raise UsageError(f"the weight {weight!r} of relation {relation!r} in {text!r} is no number") from None
         if math.isfinite(weights[relation]) and weights[relation] > FLOAT32_MAX:
-            raise ValueError(f"the weight {weight} of relation {relation!r} must be at most {FLOAT32_MAX:.7g}")
+            raise UsageError(f"the weight {weight} of relation {relation!r} must be at most {FLOAT32_MAX:.7g}")
     return weights
 
 
@@ -107,7 +108,7 @@ def _default_relation_heads(teacher_qkv: QKV, student_qkv: QKV) -> int:
     for candidate in (4 * heads, heads):
         if common % candidate == 0:
             return candidate
-    raise ValueError(
+    raise UsageError(
         f"neither {4 * heads} nor {heads} relation heads divide the widths {widths} of q, k and v; "
         f"choose --relation_heads from {_divisors(common)}"
     )
@@ -117,7 +118,7 @@ def _check_relation_heads(relation_heads: int, teacher_qkv: QKV, student_qkv: QK
     teacher, student = _widths(teacher_qkv), _widths(student_qkv)
     common = math.gcd(*teacher, *student)
     if relation_heads < 1 or common % relation_heads:
-        raise ValueError(
+        raise UsageError(
             f"{relation_heads} relation heads do not divide the teacher's width {_listed(teacher)} and the student's "
             f"{_listed(student)}; choose --relation_heads from {_divisors(common)}"
         )

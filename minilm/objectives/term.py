@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
 from minilm.models.batches import Batch, count_examples, count_sequences, count_tokens
 from minilm.models.observe import Needs, Observed
 from minilm.models.probes import probe_inputs
@@ -63,10 +64,10 @@ class Objective(nn.ModuleList):
     def __init__(self, terms: Iterable[Term], causal: bool = False) -> None:
         super().__init__(terms)
         if not len(self):
-            raise ValueError("an objective needs at least one term, it has 0")
+            raise UsageError("an objective needs at least one term, it has 0")
         names = [LOSS, *(part for term in self for part in term.parts)]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"two parts of the objective are named {twice!r}, of {', '.join(names)}")
+            raise UsageError(f"two parts of the objective are named {twice!r}, of {', '.join(names)}")
         self.causal = causal or any(term.causal for term in self)
 
     def __iter__(self) -> Iterator[Term]:

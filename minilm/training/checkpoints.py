@@ -32,7 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from minilm.data.reading import DataError
-from minilm.errors import NonFiniteError
+from minilm.errors import NonFiniteError, UsageError
 from minilm.training.folders import INCOMPLETE, STUDENT, close_aside, is_own, make_way, open_aside, publish
 from minilm.training.manifests import RUN, sync, write_manifest
 from minilm.training.runs import checkpoints_of, newest_intact, step_of
@@ -249,7 +249,7 @@ class CheckpointingTrainer(Trainer):
         saved = {path.name: json.loads(path.read_text("utf-8")) for path in checkpoint.glob("rank_state_*.json")}
         for content in saved.values():
             if content["processes"] != self.args.world_size:
-                raise ValueError(
+                raise UsageError(
                     f"{checkpoint} was saved by {content['processes']} processes and cannot be continued by "
                     f"{self.args.world_size}: each has a part of the data"
                 )

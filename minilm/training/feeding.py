@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from minilm.data.sampling import EpochSampler
 from minilm.data.streams import TextStream
+from minilm.errors import UsageError
 from minilm.models.batches import FOR_THE_LOSS
 from minilm.training.saving import SavingTrainer
 
@@ -22,8 +23,7 @@ class FeedingTrainer(SavingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Of map-style data: seeded by seed and epoch alone, so that a resumed run draws what it would have drawn."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        grouped = getattr(self.args, "group_by_length", False)  # until it was renamed within transformers 5
-        strategy = getattr(self.args, "train_sampling_strategy", "group_by_length" if grouped else "random")
+        strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -44,7 +44,7 @@ class FeedingTrainer(SavingTrainer):
     def restore_rank_state(self, state: dict[str, Any]) -> None:
         """Takes back what `rank_state` gave."""
         if not isinstance(self.train_dataset, TextStream):
-            raise ValueError("the checkpoint is of a run on a stream, and the data of this run are none")
+            raise UsageError("the checkpoint is of a run on a stream, and the data of this run are none")
         self._stream_states = {reader["reader"]: reader for reader in state["stream"]}
         self.train_dataset.load_state(state["stream"])
 

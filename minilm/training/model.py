@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
 from minilm.models.batches import by_token, model_inputs
 from minilm.models.observe import Observed, observe
 from minilm.objectives.loss import MiniLMLoss
 from minilm.objectives.relations import Relations
 from minilm.objectives.systems import with_soft_labels
-from minilm.objectives.term import LOSS, Objective, Unit
-from minilm.training.clock import LossClock
+from minilm.objectives.term import Objective, Unit
 
 
 class DistillationModel(nn.Module):
@@ -40,7 +40,6 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.objective = as_objective(criterion, student, -1, output_weight, output_temperature)
-        self.clock = LossClock()
 
     def forward(
         self, teacher: Observed, shares: Mapping[Unit, Tensor] | None = None, **batch: Tensor
@@ -55,9 +54,7 @@ class DistillationModel(nn.Module):
         inputs = model_inputs(self.student, batch, self.objective.causal)
         student = observe(self.student, inputs, self.objective.student)
         of_tokens = by_token(self.student, batch, student.tokens)
-        with self.clock.forward(student.tensors):
-            outputs: dict[str, Tensor] = self.objective(teacher, student, of_tokens, shares)
-        self.clock.backward(outputs[LOSS], student.tensors)
+        outputs: dict[str, Tensor] = self.objective(teacher, student, of_tokens, shares)
         return outputs
 
     def gradient_checkpointing_enable(
@@ -92,7 +89,7 @@ def as_objective(
         relations = Relations(criterion, {-1: teacher_layer})
         return with_soft_labels([relations], student, output_weight, output_temperature)
     if (teacher_layer, output_weight, output_temperature) != (-1, 0.0, 1.0):
-        raise ValueError(
+        raise UsageError(
             f"the criterion is an Objective, whose terms say what teacher_layer={teacher_layer}, output_weight="
             f"{output_weight} and output_temperature={output_temperature} would: leave these out"
         )

@@ -1,4 +1,4 @@
-"""The progress bar: steps, and beside them the newest losses, tokens per second and the loss's share of the time."""
+"""The progress bar: steps, and beside them the newest losses and tokens per second."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,6 @@ SHOWN = {
     "tokens_per_second": "{:,.0f} tokens/s",
     "images_per_second": "{:,.0f} images/s",
     "sequences_per_second": "{:,.0f} sequences/s",
-    "loss_share": "{:.0%} in the loss",
 }
 
 

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from minilm.errors import UsageError
 from minilm.training.folders import INCOMPLETE, aside_is_ours, foreign, whole_student
 from minilm.training.folders import OccupiedError as OccupiedError
 from minilm.training.manifests import MANIFEST as MANIFEST
@@ -79,7 +80,7 @@ def starting_point(output: Path, resume: str | None, needed: Iterable[str] = ())
             raise OccupiedError(f"{'; '.join(faults)}: choose another --output_dir to start from the beginning")
     elif resume is not None:
         if fault := find_fault(Path(resume), needed):
-            raise ValueError(f"{resume!r} is no complete checkpoint: {fault}")
+            raise UsageError(f"{resume!r} is no complete checkpoint: {fault}")
         start = Path(resume)
     if start is None and (whole := whole_student(output)):
         raise OccupiedError(
@@ -154,7 +155,7 @@ def check_resume(checkpoint: Path, training: TrainingArguments) -> None:
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     best = state.get("best_model_checkpoint")
     if training.load_best_model_at_end and best and not Path(best).is_dir():
-        raise ValueError(
+        raise UsageError(
             f"load_best_model_at_end: {checkpoint} has {best} for the best so far, which is not there; put it back or "
             "leave --load_best_model_at_end out"
         )
@@ -175,7 +176,7 @@ def check_equal(folder: Path, saved: dict[str, Any], identity: dict[str, Any]) -
     """Raises `ValueError` as `check_same_run` if a value of what was saved in `folder` is not that of `identity`."""
     if (key := differing(saved, identity)) is not None:
         here = json.loads(json.dumps(identity[key]))
-        raise ValueError(f"{folder} belongs to another run: its {key} is {saved[key]!r}, this run's is {here!r}")
+        raise UsageError(f"{folder} belongs to another run: its {key} is {saved[key]!r}, this run's is {here!r}")
 
 
 def checkpoints_of(output: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilm.errors import UsageError
 from minilm.objectives.term import Objective
 from minilm.training.checkpoints import CheckpointingTrainer
 
@@ -67,7 +68,7 @@ class SavingTrainer(CheckpointingTrainer):
             {name: tuple(x.shape) for name, x in state.items()} for state in (saved, self.terms.state_dict())
         )
         if sizes != wanted:
-            raise ValueError(f"{checkpoint} is of an objective with parameters {sizes}, this one has {wanted}")
+            raise UsageError(f"{checkpoint} is of an objective with parameters {sizes}, this one has {wanted}")
         self.terms.load_state_dict(saved)
 
     def _load_best_model(self) -> None:

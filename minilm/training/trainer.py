@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from minilm.data.reading import DataError
 from minilm.data.workers import WorkerDeaths, worker_faults
-from minilm.errors import NonFiniteError
+from minilm.errors import NonFiniteError, UsageError
 from minilm.models.batches import Batch, as_packed, check_batch, count_sequences, count_tokens, model_inputs
 from minilm.models.observe import Observed, observe, resolve_needs
 from minilm.objectives.loss import MiniLMLoss
@@ -55,10 +55,9 @@ class DistillationTrainer(FeedingTrainer):
         teacher_layer: the highest layer of the teacher whose q, k, v are taken, from 1; 0 if there is none.
 
     Logged in training beside the Trainer's own: each part, "tokens_per_second" (of images "images_per_second", of sound
-    "sequences_per_second") over all processes, and, but for compiled models, "loss_share", the part of a step's time
-    that the objective takes. Evaluation gives "eval_<part>", the mean over the part's units, and "eval_loss", their
-    weighted sum. What is saved is the student alone, as `from_pretrained` of its class, or `AutoModel`, loads it;
-    parameters of terms are trained, and saved in checkpoints only.
+    "sequences_per_second") over all processes. Evaluation gives "eval_<part>", the mean over the part's units, and
+    "eval_loss", their weighted sum. What is saved is the student alone, as `from_pretrained` of its class, or
+    `AutoModel`, loads it; parameters of terms are trained, and saved in checkpoints only.
 
     A batch may be packed (`PackingCollator`) or flattened (transformers' `DataCollatorWithFlattening`).
 
@@ -104,9 +103,8 @@ class DistillationTrainer(FeedingTrainer):
         self.teacher.eval().requires_grad_(False)
         with self.accelerator.autocast():
             objective.freeze_unused(self.teacher, model.to(args.device).student)
-        self._clock, self._step_clock, self._deaths = model.clock, StepClock(), WorkerDeaths()
-        self._clock.enabled = args.logging_strategy != "no"  # else nobody would read it
-        self.add_callback(self._step_clock)
+        self._clock, self._deaths = StepClock(), WorkerDeaths()
+        self.add_callback(self._clock)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress(self.parts))
@@ -194,7 +192,7 @@ class DistillationTrainer(FeedingTrainer):
         sets = [f"{name}_" for name in heldout] if isinstance(heldout, dict) else [""]
         losses = [f"{name}{part}" for name in sets for part in (LOSS, *self.parts)]
         if args.metric_for_best_model.removeprefix("eval_") not in losses:
-            raise ValueError(
+            raise UsageError(
                 f"metric_for_best_model is {args.metric_for_best_model!r}: it must be one of {', '.join(losses)}"
             )
         args.greater_is_better = greater_is_better
@@ -215,7 +213,7 @@ class DistillationTrainer(FeedingTrainer):
         The Trainer would count labels. What one rank cannot read ends the run on all of them, by `DataError` after a
         checkpoint of the last whole step.
         """
-        self._step_clock.start()
+        self._clock.start()
         self._deaths.watch()
         batches: list[Any] = []
         fault: DataError | None = None
@@ -272,7 +270,7 @@ class DistillationTrainer(FeedingTrainer):
             for model in (self.teacher,) if sharded else (self.teacher, self.student):
                 check_batch(model, kind, self.terms.causal)
             if kind == "sequence_ids" and "examples" in self._units:
-                raise ValueError(f"{type(self.student).__name__} classifies whole rows: its texts cannot be packed")
+                raise UsageError(f"{type(self.student).__name__} classifies whole rows: its texts cannot be packed")
             self._tried.add(kind)
         return batch
 
@@ -294,7 +292,7 @@ class DistillationTrainer(FeedingTrainer):
         inputs = self._checked(self._prepare_inputs(inputs))
         rows = len(next(iter(inputs.values())))
         if "sequence_ids" in inputs and rows == 1 < self.args.per_device_eval_batch_size and self.args.world_size > 1:
-            raise ValueError(
+            raise UsageError(
                 f"flattened texts cannot be shared out evenly to {self.args.world_size} processes: evaluate with a "
                 "collator that pads, or with per_device_eval_batch_size 1"
             )
@@ -331,7 +329,7 @@ class DistillationTrainer(FeedingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with the mean of each part since the last log, and the pace."""
         if "loss" in logs and self._sums:
-            steps, seconds = self.state.global_step - self._sums_from, self._step_clock.seconds()
+            steps, seconds = self.state.global_step - self._sums_from, self._clock.seconds()
             means = self.accelerator.reduce(torch.stack([self._sums[part] for part in self.parts]) / steps, "mean")
             logs.update(zip(self.parts, means.tolist(), strict=True))
             if seconds:
@@ -339,8 +337,6 @@ class DistillationTrainer(FeedingTrainer):
                 images = self.student.main_input_name == "pixel_values"
                 unit = "tokens" if tokens else "images" if images else "sequences"
                 logs[f"{unit}_per_second"] = round((tokens or sequences) / seconds, 1)
-                if of_loss := self._clock.seconds():
-                    logs["loss_share"] = round(of_loss / seconds, 4)
             self._reset_sums()
         super().log(logs, start_time)
 
