@@ -39,15 +39,15 @@ class Fault(NamedTuple):
     must: str
 
 
-def find_fault(values: Mapping[str, Any], kinds: Iterable[type]) -> Fault | None:
+def find_fault(values: Mapping[str, Any], groups: Iterable[type]) -> Fault | None:
     """The first number among `values` that breaks the rule; None if there is none.
 
     Args:
         values: by name; of a list each number counts, and what is no number is passed over.
-        kinds: the dataclasses whose fields they are, which know the defaults.
+        groups: the dataclasses whose fields they are, which know the defaults.
     """
-    for kind in kinds:
-        for field in fields(kind):
+    for group in groups:
+        for field in fields(group):
             value = values.get(field.name)
             for number in value if isinstance(value, list) else [value]:
                 if must := _broken(field, number):

@@ -213,13 +213,13 @@ def _pace(metrics: Metrics) -> str:
 
 def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:
     vision = metrics["processor"] == "image processor"
-    name, kind = ("processor", "AutoImageProcessor") if vision else ("tokenizer", "AutoTokenizer")
+    name, loader = ("processor", "AutoImageProcessor") if vision else ("tokenizer", "AutoTokenizer")
     return [
         "```python",
-        f"from transformers import {metrics['auto_class']}, {kind}",
+        f"from transformers import {metrics['auto_class']}, {loader}",
         "",
         f"student = {metrics['auto_class']}.from_pretrained({str(folder)!r})",
-        f"{name} = {kind}.from_pretrained({str(folder)!r})",
+        f"{name} = {loader}.from_pretrained({str(folder)!r})",
         "```",
         "",
         _what_it_is_for(metrics),

@@ -195,13 +195,13 @@ def first_position(model: nn.Module) -> int:
     return 0
 
 
-def check_batch(model: PreTrainedModel, kind: str, causal: bool) -> None:
-    """`check_packable` for batches with `kind` "sequence_ids", `check_prefixes` for those with "prefix_lengths".
+def check_batch(model: PreTrainedModel, layout: str, causal: bool) -> None:
+    """`check_packable` for batches with `layout` "sequence_ids", `check_prefixes` for those with "prefix_lengths".
 
     Raises:
         ValueError: as these do; relations of a packed batch that are `causal` where the model is not, or the reverse.
     """
-    if kind == "prefix_lengths":
+    if layout == "prefix_lengths":
         check_prefixes(model)
     elif check_packable(model) != causal:
         sees = "sees" if causal else "does not see"

@@ -250,16 +250,16 @@ def _student_config(
             values[name] = 0.0
     for name in _BY_LAYER:
         if values.get(name):
-            of_teacher = _kinds(base, values[name]) if name == "layer_types" else values[name]
+            of_teacher = _attention_types(base, values[name]) if name == "layer_types" else values[name]
             values[name] = [of_teacher[layer - 1] for layer in layers]
     return type(teacher).from_dict(values)
 
 
-def _kinds(teacher: PreTrainedModel, in_config: list[str]) -> list[str]:
+def _attention_types(teacher: PreTrainedModel, in_config: list[str]) -> list[str]:
     """Sliding or full attention, layer by layer: as a layer says itself, which it keeps where others were taken out."""
     stacks = stacks_of(teacher, layers_of(teacher))
     layers = cast(nn.ModuleList, teacher.get_submodule(stacks[0])) if stacks else in_config
-    return [getattr(layer, "attention_type", kind) for layer, kind in zip(layers, in_config, strict=False)]
+    return [getattr(layer, "attention_type", named) for layer, named in zip(layers, in_config, strict=False)]
 
 
 @contextmanager

@@ -135,8 +135,8 @@ def _not_a_model(folder: Path) -> Iterator[str]:
             "name that folder"
         )
     config = _read(folder / "config.json")
-    kind = config.get("model_type")
-    if kind is None:
+    model_type = config.get("model_type")
+    if model_type is None:
         yield from _models_within(folder)
         if "auto_map" not in config:
             foreign = _foreign(folder)
@@ -147,17 +147,17 @@ def _not_a_model(folder: Path) -> Iterator[str]:
             else:
                 yield "its config.json names no model_type, so it is no model of transformers"
             return
-    if kind in CONFIG_MAPPING:
+    if model_type in CONFIG_MAPPING:
         return
     if "auto_map" in config:
         yield (
-            f"its model is custom code (model_type {kind!r}), which is never run: name a checkpoint of a model_type "
-            f"that transformers {transformers.__version__} has itself"
+            f"its model is custom code (model_type {model_type!r}), which is never run: name a checkpoint of a "
+            f"model_type that transformers {transformers.__version__} has itself"
         )
     else:
         yield (
-            f"its model_type {kind!r} is unknown to transformers {transformers.__version__}: a newer one may know it "
-            "(pip install -U transformers)"
+            f"its model_type {model_type!r} is unknown to transformers {transformers.__version__}: a newer one may "
+            "know it (pip install -U transformers)"
         )
 
 
@@ -189,15 +189,15 @@ def _incomplete(folder: Path) -> Iterator[str]:
         yield f"it holds {foreign}, and neither model.safetensors nor pytorch_model.bin, which transformers loads"
         return
     others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-    kind = config["model_type"]
+    model_type = config["model_type"]
     beside = f", only {others[0]}" if others else ""
-    yield f"it holds the config.json of a {kind}, but neither model.safetensors nor pytorch_model.bin{beside}"
+    yield f"it holds the config.json of a {model_type}, but neither model.safetensors nor pytorch_model.bin{beside}"
 
 
 def _foreign(folder: Path) -> str | None:
-    for pattern, kind in _FOREIGN.items():
+    for pattern, file_format in _FOREIGN.items():
         for path in sorted(folder.glob(pattern)):
-            return f"{kind} weights ({path.relative_to(folder)})"
+            return f"{file_format} weights ({path.relative_to(folder)})"
     return None
 
 

@@ -109,7 +109,7 @@ class DistillationTrainer(FeedingTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(DistillationProgress(self.parts))
         self._watch = self._new_watch()
-        self._tried: set[str] = set()  # kinds of masks
+        self._tried: set[str] = set()  # layouts of batches
         self._looks_at_every_step = args.device.type == "cpu"  # where that waits for nothing
         self._sums: dict[str, Tensor] = {}  # of each part, since the last log
         self._seen = torch.zeros(2, device=args.device)  # sequences and tokens, since the last log
@@ -262,16 +262,16 @@ class DistillationTrainer(FeedingTrainer):
         return (outputs[LOSS], outputs) if return_outputs else outputs[LOSS]
 
     def _checked(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch as it goes on, of its kind the first tried on both models (a student in shards is not tried)."""
+        """The batch as it goes on, the first of its layout tried on both models (a student in shards is not tried)."""
         batch = as_packed(batch)
-        kind = next((name for name in ("sequence_ids", "prefix_lengths") if name in batch), None)
-        if kind and kind not in self._tried:
+        layout = next((name for name in ("sequence_ids", "prefix_lengths") if name in batch), None)
+        if layout and layout not in self._tried:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             for model in (self.teacher,) if sharded else (self.teacher, self.student):
-                check_batch(model, kind, self.terms.causal)
-            if kind == "sequence_ids" and "examples" in self._units:
+                check_batch(model, layout, self.terms.causal)
+            if layout == "sequence_ids" and "examples" in self._units:
                 raise UsageError(f"{type(self.student).__name__} classifies whole rows: its texts cannot be packed")
-            self._tried.add(kind)
+            self._tried.add(layout)
         return batch
 
     def _observe_teacher(self, batch: Batch) -> Observed:
