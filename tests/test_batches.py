@@ -220,7 +220,8 @@ def test_flattened_sequences_become_packed(told_by: dict[str, Any]) -> None:
     sequences = [ids for row in documents() for ids in row]
     flat = DataCollatorWithFlattening(**told_by)([{"input_ids": ids} for ids in sequences])
     batch = as_packed(flat)
-    assert set(batch) == {"input_ids", "position_ids", "sequence_ids", "cu_seqlens", "token_index"}
+    assert set(batch) == {"input_ids", "labels", "position_ids", "sequence_ids", "cu_seqlens", "token_index"}
+    assert "labels" not in model_inputs(tiny_model("roberta"), batch, causal=False)  # nobody computes that loss
     lengths = [len(ids) for ids in sequences]
     assert batch["cu_seqlens"].diff().tolist() == lengths
     assert batch["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]
@@ -251,7 +252,7 @@ def test_positions_that_do_not_restart_are_left_alone() -> None:
         "position_ids": torch.tensor([[1, 1, 0, 1], [0, 1, 1, 2]]),  # counted from the mask, and with a hole
         "labels": torch.full((2, 4), -100),
     }
-    assert as_packed(padded) == {name: tensor for name, tensor in padded.items() if name != "labels"}
+    assert as_packed(padded) == padded
     own = {"input_ids": torch.ones(2, 3, dtype=torch.long), "position_ids": torch.arange(3).expand(2, 3)}
     assert as_packed(own) == own
     with pytest.raises(ValueError, match=r"cu_seq_lens_q ends at 3, the batch is \(1, 4\)"):

@@ -445,7 +445,7 @@ def test_freeze_unused_with_the_output_loss(family: str, head: str, frozen: list
 def test_a_gradient_that_is_cut_below_the_last_layer_is_an_error() -> None:
     student = build_student(tiny_model("bert"))
     student.get_submodule("encoder.layer.1").register_forward_hook(lambda _module, _inputs, output: output.detach())
-    with pytest.raises(ValueError, match=r"layer 4 of BertModel reach nothing in its layer 1 \(encoder.layer.0\)"):
+    with pytest.raises(ValueError, match=r"layer 4 of BertModel reaches nothing in its layer 1 \(encoder.layer.0\)"):
         freeze_unused(student)
     frozen = build_student(tiny_model("bert"))
     frozen.get_submodule("encoder.layer.0").requires_grad_(False)  # by the user

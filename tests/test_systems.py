@@ -6,32 +6,35 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_encoder, tiny_model
+from transformers import PreTrainedModel
 
 from minilm import MiniLMLoss
 from minilm.models.probes import is_causal
-from minilm.objectives import systems
+from minilm.objectives import parsing
 from minilm.objectives.relations import Relations
-from minilm.objectives.systems import QKV, SYSTEMS
+from minilm.objectives.systems import SYSTEMS
+from minilm.objectives.term import Objective
 
 
-def qkv(heads: int, dim: int, key_heads: int | None = None) -> QKV:
-    def one(count: int) -> torch.Tensor:
-        return torch.randn(1, count, 3, dim, generator=torch.Generator().manual_seed(0))
+def model(heads: int, dim: int, key_heads: int | None = None) -> PreTrainedModel:
+    """Of one layer with so many heads of that dimension."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": heads * dim, "num_attention_heads": heads}
+    if key_heads is None:
+        return tiny_model("bert", **sizes)
+    return tiny_model("llama", **sizes, num_key_value_heads=key_heads)
 
-    return one(heads), one(key_heads or heads), one(key_heads or heads)
 
-
-def criterion_of(name: str, teacher: QKV, student: QKV, **options: Any) -> MiniLMLoss:
+def criterion_of(name: str, teacher: PreTrainedModel, student: PreTrainedModel, **options: Any) -> MiniLMLoss:
     """Of a system's relations, tried once."""
-    (relations,) = SYSTEMS[name](teacher, student, **options)
+    (relations,) = SYSTEMS[name].terms(teacher, student, **options)
     assert isinstance(relations, Relations)
     assert relations.layers == {-1: -1}
-    relations.criterion(teacher, student)
+    Objective([relations]).probe(teacher, student)
     return relations.criterion
 
 
 def test_minilm_is_qk_and_vv_with_the_models_own_heads() -> None:
-    criterion = criterion_of("minilm", qkv(12, 64), qkv(12, 32))
+    criterion = criterion_of("minilm", model(12, 64), model(12, 32))
     assert (criterion.relations, criterion.relation_heads) == ({"qk": 1.0, "vv": 1.0}, None)
 
 
@@ -47,27 +50,27 @@ def test_minilm_is_qk_and_vv_with_the_models_own_heads() -> None:
 def test_minilm_v2_takes_four_heads_to_each_of_the_teachers(
     teacher: tuple[int, ...], student: tuple[int, ...], heads: int
 ) -> None:
-    criterion = criterion_of("minilm-v2", qkv(*teacher), qkv(*student))
+    criterion = criterion_of("minilm-v2", model(*teacher), model(*student))
     assert (list(criterion.relations), criterion.relation_heads) == (["qq", "kk", "vv"], heads)
 
 
 def test_what_is_asked_for_comes_before_the_objectives_own() -> None:
     criterion = criterion_of(
-        "minilm-v2", qkv(4, 8), qkv(4, 8), relations={"qv": 2.0}, relation_heads=8, temperature=2.0, causal=True
+        "minilm-v2", model(4, 8), model(4, 8), relations={"qv": 2.0}, relation_heads=8, relation_temperature=2.0
     )
     assert (criterion.relations, criterion.relation_heads) == ({"qv": 2.0}, 8)
-    assert (criterion.temperature, criterion.causal) == (2.0, True)
+    assert (criterion.temperature, criterion.causal) == (2.0, False)
 
 
 def test_what_does_not_fit_is_an_error_before_training() -> None:
     with pytest.raises(
         ValueError, match=r"neither 48 nor 12 .* the widths \[50, 768\] .* choose --relation_heads from 1, 2$"
     ):
-        criterion_of("minilm-v2", qkv(12, 64), qkv(5, 10))
+        criterion_of("minilm-v2", model(12, 64), model(5, 10))
     with pytest.raises(ValueError, match=r"12 .* 6"):
-        criterion_of("minilm", qkv(12, 64), qkv(6, 64))
+        criterion_of("minilm", model(12, 64), model(6, 64))
     with pytest.raises(ValueError, match="unknown relation 'qx'"):
-        criterion_of("minilm", qkv(4, 8), qkv(4, 8), relations={"qx": 1.0})
+        criterion_of("minilm", model(4, 8), model(4, 8), relations={"qx": 1.0})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -120,5 +123,5 @@ def test_models_that_need_more_than_tokens_are_refused_in_a_sentence() -> None:
 
 
 def test_the_examples_of_the_documentation() -> None:
-    assert doctest.testmod(systems).attempted > 0
-    assert doctest.testmod(systems).failed == 0
+    assert doctest.testmod(parsing).attempted > 0
+    assert doctest.testmod(parsing).failed == 0

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 import pytest
 from transformers import TrainingArguments
 
-from minilm.cli.arguments import DataArguments, ModelArguments, ObjectiveArguments
+from minilm.cli.flags import DataArguments, ModelArguments, ObjectiveArguments
 from minilm.values import find_fault
 
 KINDS = [ModelArguments, DataArguments, ObjectiveArguments, TrainingArguments]

@@ -1,17 +1,18 @@
-"""The flags of `minilm-train`: its own, and all of `transformers.TrainingArguments`."""
+"""The command line of `minilm-train`: its own flags, and all of `transformers.TrainingArguments`."""
 
 import difflib
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NoReturn
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from minilm.cli import recipes
 from minilm.cli.checks import MODES, find_data_flag, find_meaningless, find_missing
 from minilm.cli.demo import OUTPUT_DIR
+from minilm.cli.flags import DataArguments, ModelArguments, ObjectiveArguments, RunArguments, TrainerArguments
 from minilm.errors import reason
 
 DESCRIPTION = """\
@@ -47,165 +48,6 @@ DEMO: dict[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 1,
 }
-
-
-def _about(help: str, metavar: str | None = None) -> dict[str, str]:
-    return {"help": help} if metavar is None else {"help": help, "metavar": metavar}
-
-
-@dataclass
-class ModelArguments:
-    """Which teacher, and what student."""
-
-    _argument_group_name = "teacher and student"
-
-    teacher: str | None = field(
-        default=None, metadata=_about("Model to distil: a name on the hub or a folder.", "NAME|DIR")
-    )
-    teacher_layer: int = field(
-        default=-1,
-        metadata=_about("Teacher layer whose relations are learnt: 1 to L from the bottom, or -1 to -L.", "L"),
-    )
-    student_num_layers: int | None = field(
-        default=None, metadata=_about("Layers of the student (default: the teacher's).", "M")
-    )
-    student_hidden_size: int | None = field(
-        default=None, metadata=_about("Hidden size of the student (default: the teacher's).", "H")
-    )
-    student_num_heads: int | None = field(
-        default=None, metadata=_about("Attention heads of the student (default: the teacher's).", "A")
-    )
-    student_intermediate_size: int | None = field(
-        default=None,
-        metadata=_about("Feed-forward size (default: in the teacher's ratio to the hidden size).", "F"),
-    )
-    student_init: Literal["auto", "random", "layers", "slice", "pca"] = field(
-        default="auto",
-        metadata=_about(
-            "Weights to start from. layers: the teacher's, evenly and the last layer included; slice: these, cut to "
-            "the student's sizes; pca: the teacher's embeddings on their leading principal components, the rest "
-            "random; random; auto: layers where the sizes match, else random."
-        ),
-    )
-    assistant_num_layers: int | None = field(
-        default=None,
-        metadata=_about(
-            "Layers of a teacher assistant (MiniLM, section 3.4), which learns from the teacher first and teaches the "
-            "student then. It stays in OUTPUT_DIR/assistant.",
-            "M",
-        ),
-    )
-    assistant_hidden_size: int | None = field(
-        default=None, metadata=_about("Hidden size of the assistant (default: the teacher's).", "H")
-    )
-
-
-@dataclass
-class DataArguments:
-    """Which text, or which images."""
-
-    _argument_group_name = "data"
-
-    data: list[str] | None = field(
-        default=None,
-        metadata=_about(
-            "Text to distil on: .txt (a text a line), .csv, .json, .jsonl, .arrow or .parquet files, folders of one "
-            "kind of them (of which the training split is read), or names of data sets on the hub. For a vision "
-            "teacher folders or .parquet files of images. One text in twenty, at most 512, is held out.",
-            "NAME|FILE|DIR",
-        ),
-    )
-    data_weights: list[float] | None = field(
-        default=None,
-        metadata=_about("How often each of the data is drawn from, relative to the others (default: as it is).", "W"),
-    )
-    data_config: str | None = field(
-        default=None, metadata=_about("Configuration of the data sets from the hub.", "CONFIG")
-    )
-    text_column: str = field(default="text", metadata=_about("Column with the text; .txt files need none.", "COLUMN"))
-    image_column: str = field(default="image", metadata=_about("Column with the image.", "COLUMN"))
-    streaming: bool = field(
-        default=False,
-        metadata=_about("Read the data as they come, without indexing them first; needs --max_steps."),
-    )
-    shuffle_buffer: int = field(
-        default=10_000, metadata=_about("With --streaming: texts that are shuffled among each other.", "TEXTS")
-    )
-    packing: bool = field(
-        default=False,
-        metadata=_about("Put several texts into a row of --max_length tokens; they do not see each other."),
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata=_about("Tokens at which a text is cut off (default: 512, or the teacher's positions if fewer).", "N"),
-    )
-
-
-@dataclass
-class ObjectiveArguments:
-    """What is learnt."""
-
-    _argument_group_name = "objective"
-
-    objective: Literal["minilm", "minilm-v2"] = field(
-        default="minilm",
-        metadata=_about("minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads."),
-    )
-    relations: str | None = field(
-        default=None,
-        metadata=_about("Other relations than the objective's, with weights: qk,vv or qk:1,vv:0.5.", "PAIRS"),
-    )
-    relation_heads: int | None = field(
-        default=None,
-        metadata=_about(
-            "Heads that queries, keys and values are split into for the relations (default: for minilm the models' "
-            "own, for minilm-v2 four to each of the teacher's, or the teacher's where the widths do not divide).",
-            "R",
-        ),
-    )
-    output_weight: float = field(
-        default=0.0,
-        metadata=_about(
-            "Weight of the output loss beside the relations: KL between the logits of masked-LM, causal-LM or "
-            "classification heads, which both models then have.",
-            "W",
-        ),
-    )
-    output_temperature: float = field(
-        default=1.0, metadata=_about("Divides the logits of both models in the output loss.", "T")
-    )
-    relation_temperature: float = field(default=1.0, metadata=_about("Divides the scores of both models.", "T"))
-    implementation: Literal["auto", "triton", "chunked", "reference"] = field(
-        default="auto",
-        metadata=_about("How the loss is computed; auto is triton on a CUDA device and chunked elsewhere."),
-    )
-
-
-@dataclass
-class RunArguments:
-    """How the run goes."""
-
-    _argument_group_name = "run"
-
-    recipe: str | None = field(
-        default=None, metadata=_about("Take the flags of a recipe or file; all others override them.", "NAME|FILE")
-    )
-    list_recipes: bool = field(default=False, metadata=_about("List the recipes and stop."))
-    dry_run: bool = field(
-        default=False,
-        metadata=_about("Build everything, take three steps, print parameters, memory and time, write nothing."),
-    )
-
-
-class TrainerArguments(TrainingArguments):
-    """`TrainingArguments` under a heading of their own."""
-
-    _argument_group_name = "training (transformers.TrainingArguments)"
-
-    def __post_init__(self) -> None:
-        # Every metric is a loss here, whether its name ends in "loss" or not.
-        self.greater_is_better = bool(self.greater_is_better)
-        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 @dataclass

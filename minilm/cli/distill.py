@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from minilm.cli.adapt import adapt
 from minilm.cli.arguments import Arguments, own_arguments
+from minilm.cli.building import masking, needs_head, student_and_objective
 from minilm.cli.demo import TEACHER_NAME, teacher_folder
 from minilm.cli.identity import run_identity, sizes
 from minilm.cli.inputs import Inputs, Processor, load_inputs
@@ -28,14 +29,11 @@ from minilm.errors import UsageError, reason, tried
 from minilm.models.agreement import FEWEST_TEXTS, Agreement
 from minilm.models.batches import check_packable
 from minilm.models.embeddings import MEAN, SentenceFiles, sentence_files
-from minilm.models.heads import check_output, has_vocabulary_head
-from minilm.models.observe import Needs
-from minilm.models.probes import base_of, check_no_films, is_causal, probe_inputs
+from minilm.models.heads import has_vocabulary_head
+from minilm.models.probes import base_of
 from minilm.models.speed import measure_speed
-from minilm.models.students import build_student, count_parameters, observe_probe
+from minilm.models.students import count_parameters
 from minilm.models.teachers import auto_class, quiet, read_teacher
-from minilm.objectives.relations import criterion_of
-from minilm.objectives.systems import SYSTEMS, parse_relations, with_soft_labels
 from minilm.objectives.term import Objective
 from minilm.training.arguments import check_arguments
 from minilm.training.checkpoints import CheckpointError
@@ -100,9 +98,7 @@ def _prepare(arguments: Arguments, next_run: Arguments | None) -> Run:
     models = _build(arguments, next_run)
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, models.teacher, models.processor)
-    identity = run_identity(
-        arguments, criterion_of(models.objective), models.teacher, models.student, inputs.fingerprint
-    )
+    identity = run_identity(arguments, models.objective, models.teacher, models.student, inputs.fingerprint)
     if checkpoint:
         check_same_run(checkpoint, identity)
         check_resume(checkpoint, training)
@@ -122,22 +118,21 @@ def _starting_point(training: TrainingArguments) -> Path | None:
 def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
     """Loads the teacher, builds the student and the loss, and that of the next run too."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
-    with_output = arguments.objective.output_weight > 0
     name = arguments.model.teacher or str(teacher_folder())
     torch.manual_seed(arguments.training.seed)  # for what the weights lack, a pooler: alike when the run is continued
-    teacher, processor, saved_processor = read_teacher(name, head=with_output)
+    teacher, processor, saved_processor = read_teacher(name, head=needs_head(arguments))
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student"):
-        student, terms = _student_and_objective(arguments, teacher)
+        student, objective = student_and_objective(arguments, teacher)
     if next_run is not None:
         with tried("cannot build the student"):
-            _student_and_objective(next_run, student)
+            student_and_objective(next_run, student)
     if arguments.data.packing:
         check_packable(teacher)
         check_packable(student)
-        if with_output and not has_vocabulary_head(teacher):
+        if objective.student.output and not has_vocabulary_head(teacher):
             raise UsageError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
-    return Models(name, teacher, student, terms, processor, saved_processor, sentences)
+    return Models(name, teacher, student, objective, processor, saved_processor, sentences)
 
 
 def _make_trainer(arguments: Arguments, models: Models, inputs: Inputs) -> DistillationTrainer:
@@ -148,6 +143,7 @@ def _make_trainer(arguments: Arguments, models: Models, inputs: Inputs) -> Disti
             student=models.student,
             criterion=models.objective,
             args=training,
+            masking=masking(arguments, models.processor),
             greater_is_better=bool(training.greater_is_better),
             train_dataset=inputs.train,
             eval_dataset=inputs.heldout,
@@ -160,24 +156,23 @@ def _known(
     arguments: Arguments, models: Models, inputs: Inputs, trainer: DistillationTrainer, checkpoint: Path | None
 ) -> Metrics:
     """The metrics that are known before training."""
-    objective, training = arguments.objective, arguments.training
+    objective, training = models.objective, arguments.training
     teacher, student, sentences = models.teacher, models.student, models.sentences
     at_once = training.train_batch_size * training.world_size
     device = training.device
-    criterion = criterion_of(models.objective)
     return {
-        "objective": objective.objective,
-        "relations": criterion.relations,
-        "relation_heads": criterion.relation_heads,
-        "output_weight": objective.output_weight,
-        "parts": models.objective.parts,
+        "objective": arguments.objective.objective,
+        **objective.identity,
+        "output_weight": arguments.objective.output_weight,
+        "parts": objective.parts,
         "auto_class": auto_class(student).__name__,
-        "serves": objective.output_weight > 0 or serves(models.name, trainer),
+        "serves": objective.learns_the_end or serves(models.name, trainer),
         "pooling": list(sentences.pooling if sentences else MEAN),
         "sentence_files": sentences is not None and _same_width(teacher, student),
         "is_assistants": arguments.in_assistant_chain,
         "processor": "tokenizer" if isinstance(models.processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
+        "layer_map": arguments.objective.layer_map,
         "teacher": {"name": arguments.model.teacher or TEACHER_NAME, **sizes(teacher)},
         "student": {"name": training.output_dir, **sizes(student)},
         "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
@@ -273,45 +268,6 @@ def dry_run(arguments: Arguments, next_run: Arguments | None = None) -> str:
         with run.claims:
             run.metrics["student"]["name"] = arguments.training.output_dir
             return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
-
-
-def _student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, Objective]:
-    """The student as it starts, and the objective, tried once on both models."""
-    model, objective, training = arguments.model, arguments.objective, arguments.training
-    check_no_films(teacher)
-    relations = parse_relations(objective.relations) if objective.relations else None
-    student = build_student(
-        teacher,
-        num_layers=model.student_num_layers,
-        hidden_size=model.student_hidden_size,
-        num_heads=model.student_num_heads,
-        intermediate_size=model.student_intermediate_size,
-        init=model.student_init,
-        seed=training.seed,
-        with_head=objective.output_weight > 0,
-    )
-    if objective.output_weight:
-        for with_head in (teacher, student):
-            check_output(with_head, probe_inputs(with_head))
-    teacher.to(training.device)  # type: ignore[arg-type]
-    student.to(training.device)  # type: ignore[arg-type]
-    with_output = objective.output_weight > 0
-    with torch.no_grad():
-        given = observe_probe(teacher, Needs((model.teacher_layer,), output=with_output))
-        made = observe_probe(student, Needs((-1,), output=with_output))
-    terms = SYSTEMS[objective.objective](
-        given.qkv[model.teacher_layer],
-        made.qkv[-1],
-        relations=relations,
-        relation_heads=objective.relation_heads,
-        teacher_layer=model.teacher_layer,
-        temperature=objective.relation_temperature,
-        causal=is_causal(teacher),
-        implementation=None if objective.implementation == "auto" else objective.implementation,
-    )
-    whole = with_soft_labels(terms, student, objective.output_weight, objective.output_temperature)
-    whole(given, made, probe_inputs(student))
-    return student, whole
 
 
 def _agreement(trainer: DistillationTrainer, pooling: Sequence[str]) -> Agreement | None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from minilm.cli.arguments import Arguments, own_arguments
 from minilm.models.layers import num_layers, resolve_layer
-from minilm.objectives.loss import MiniLMLoss
+from minilm.objectives.term import Objective
 
 SAMPLES = 1 << 16  # numbers of a tensor
 
@@ -41,7 +41,7 @@ MAY_CHANGE, TOLD_OTHERWISE = frozenset(_MAY_CHANGE.split()), frozenset(_TOLD_OTH
 
 
 def run_identity(
-    arguments: Arguments, criterion: MiniLMLoss, teacher: PreTrainedModel, student: PreTrainedModel, data: str
+    arguments: Arguments, objective: Objective, teacher: PreTrainedModel, student: PreTrainedModel, data: str
 ) -> dict[str, Any]:
     """JSON-able; in the order in which `minilm.training.runs.check_same_run` compares.
 
@@ -56,8 +56,7 @@ def run_identity(
         "student": sizes(student),
         "teacher_sizes": sizes(teacher),
         "teacher_layer": resolve_layer(teacher, arguments.model.teacher_layer),
-        "relations": criterion.relations,
-        "relation_heads": criterion.relation_heads,
+        **objective.identity,
         **{name: value for name, value in own.items() if name not in TOLD_OTHERWISE},
         **{name: value for name, value in theirs.items() if name not in MAY_CHANGE},
         "sequences_per_step": at_once * training.gradient_accumulation_steps,

@@ -14,8 +14,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from minilm.cli.arguments import Arguments, DataArguments
+from minilm.cli.arguments import Arguments
 from minilm.cli.demo import docstrings
+from minilm.cli.flags import DataArguments
 from minilm.data.fingerprints import fingerprint_texts
 from minilm.data.images import find_images, load_images, stack_images
 from minilm.data.packing import PackingCollator, pack

@@ -179,8 +179,10 @@ def _hints(metrics: Metrics) -> list[str]:
 
 def _objective(metrics: Metrics) -> str:
     parts = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in metrics["parts"].items())
-    heads = f" over {metrics['relation_heads']} relation heads" if metrics["relation_heads"] else ""
-    return f"{metrics['objective']} ({parts}{heads}) on teacher layer {metrics['teacher_layer']}"
+    heads = f" over {metrics['relation_heads']} relation heads" if metrics.get("relation_heads") else ""
+    layer = f" on teacher layer {metrics['teacher_layer']}" if metrics["teacher_layer"] else ""
+    layers = f" on layers {metrics['layer_map']}" if metrics.get("layer_map") else layer
+    return f"{metrics['objective']} ({parts}{heads}){layers}"
 
 
 def _what_was_done(metrics: Metrics) -> str:

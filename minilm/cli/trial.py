@@ -99,9 +99,10 @@ def _forward_and_backward(trainer: DistillationTrainer, batch: Batch) -> None:
     if args.gradient_checkpointing:
         chosen: Any = args.gradient_checkpointing_kwargs or {}
         _checkpoint_activations(model, dict(chosen))
+    batch = trainer.ready(trainer._prepare_inputs({**batch}), 0)
     model.train()
     with trainer.accelerator.autocast():
-        loss, outputs = trainer.compute_loss(model, trainer._prepare_inputs({**batch}), return_outputs=True)
+        loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     values = {part: outputs[part] for part in trainer.parts} | {"loss": loss}

@@ -21,7 +21,8 @@ from minilm.models.capture import QKV
 from minilm.models.probes import base_of, captured_and_hidden, is_causal, model_tried, moved_tokens, random_tokens
 
 Batch = Mapping[str, Tensor]
-FOR_THE_LOSS = ("sequence_ids", "cu_seqlens", "token_index", "prefix_lengths")
+FOR_THE_LOSS = ("sequence_ids", "cu_seqlens", "token_index", "prefix_lengths", "labels")
+NO_LABEL = -100  # of a token, as transformers has it
 _NO_TEXT = ("pixel_values", "input_values", "input_features")
 _OF_FLATTENING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _TRIED_LENGTHS, _TRIED_WINDOW = (9, 6), 3
@@ -31,12 +32,12 @@ _window_is_inclusive: dict[tuple[type, bool], bool] = {}
 
 
 def as_packed(batch: Batch) -> dict[str, Tensor]:
-    """The batch without labels; one of several sequences in a row told by transformers' means as a packed one.
+    """The batch, and one of several sequences in a row, told by transformers' means, as a packed one.
 
     Those are `cu_seq_lens_q`, `seq_idx`, or `position_ids` that restart (`DataCollatorWithFlattening`). The models then
     get a mask, which keeps the sequences apart in every model and under every attention.
     """
-    own = {name: tensor for name, tensor in batch.items() if name not in ("labels", *_OF_FLATTENING)}
+    own = {name: tensor for name, tensor in batch.items() if name not in _OF_FLATTENING}
     if "sequence_ids" in batch or "input_ids" not in batch:
         return own
     mask = batch.get("attention_mask")
@@ -179,6 +180,21 @@ def count_tokens(batch: Batch) -> Tensor:
     if any(name in batch for name in _NO_TEXT):
         return torch.tensor(0, device=first.device)
     return torch.tensor(batch["input_ids"].numel(), device=first.device) if mask is None else (mask != 0).sum()
+
+
+def count_labels(batch: Batch) -> Tensor:
+    """() int64: the tokens that have labels, on the batch's device."""
+    return (labels_of(batch) != NO_LABEL).sum()
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """(B, N) int64; -100 where there is none. Raises `ValueError` for a batch without labels."""
+    if "labels" not in batch:
+        raise UsageError(
+            "the objective predicts masked tokens, and the batch has no labels: give DistillationTrainer masking="
+            "Masking(tokenizer), or a data_collator that makes them"
+        )
+    return batch["labels"]
 
 
 def count_examples(batch: Batch) -> Tensor:

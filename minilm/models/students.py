@@ -127,23 +127,28 @@ def freeze_unused(student: PreTrainedModel, relations: Iterable[str] = ("qk", "v
     Raises as `freeze_unreached`.
     """
     used = set("".join(relations))
+    last = layers_of(student)
     with torch.enable_grad():
         qkv = observe_probe(student, Needs(qkv=(-1,))).qkv[-1]
-    return freeze_unreached(student, sum(x.float().sum() for name, x in zip("qkv", qkv, strict=True) if name in used))
+    total = sum(x.float().sum() for name, x in zip("qkv", qkv, strict=True) if name in used)
+    return freeze_unreached(student, total, last)
 
 
-def freeze_unreached(student: PreTrainedModel, loss: Tensor | int) -> list[str]:
+def freeze_unreached(student: PreTrainedModel, loss: Tensor | int, layer: int) -> list[str]:
     """Set `requires_grad=False` on what has no gradient of `loss`; returns those parameters' names.
 
     They stay as initialised, and DDP runs without `find_unused_parameters`.
 
+    Args:
+        layer: the highest, from 1, of which the loss takes something.
+
     Raises:
-        ValueError: a layer below the last of which nothing is reached, so that the gradient is cut on its way down.
+        ValueError: a layer below that one of which nothing is reached, so that the gradient is cut on its way down.
     """
     trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(cast(Tensor, loss), list(trainable.values()), allow_unused=True)
     unused = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
-    _check_layers_below(student, trainable.keys(), set(unused))
+    _check_layers_below(student, layer, trainable.keys(), set(unused))
     for name in unused:
         trainable[name].requires_grad_(False)
     return unused
@@ -156,14 +161,14 @@ def observe_probe(model: PreTrainedModel, needs: Needs) -> Observed:
         return observe(model, inputs, needs)
 
 
-def _check_layers_below(student: PreTrainedModel, trainable: Iterable[str], unused: set[str]) -> None:
+def _check_layers_below(student: PreTrainedModel, layer: int, trainable: Iterable[str], unused: set[str]) -> None:
     names = list(trainable)
     for path in stacks_of(student, layers_of(student)):
-        for index in range(layers_of(student) - 1):
+        for index in range(layer - 1):
             of_layer = [name for name in names if name.startswith(f"{path}.{index}.")]
             if of_layer and unused.issuperset(of_layer):
                 raise UsageError(
-                    f"the relations of layer {layers_of(student)} of {type(student).__name__} reach nothing in its "
+                    f"what is learnt of layer {layer} of {type(student).__name__} reaches nothing in its "
                     f"layer {index + 1} ({path}.{index}): is the gradient cut between them, or does the layer not run?"
                 )
 

@@ -1,6 +1,7 @@
 """Self-attention relations of some layers (MiniLM, eq. 6 to 10), as a term."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from minilm.errors import UsageError
 from minilm.models.batches import Batch, relation_mask, relation_qkv
 from minilm.models.observe import Needs, Observed
 from minilm.objectives.loss import MiniLMLoss
-from minilm.objectives.term import Objective, Term, Unit
+from minilm.objectives.term import Term, Unit
 
 LAST_TO_LAST = {-1: -1}
 
@@ -45,6 +46,10 @@ class Relations(Term):
         self.student = Needs(qkv=tuple(layers))
         self.causal = criterion.causal
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"relations": self.criterion.relations, "relation_heads": self.criterion.relation_heads}
+
     def _name(self, relation: str, layer: int) -> str:
         return relation if len(self.layers) == 1 else f"{relation}_{layer}"
 
@@ -57,8 +62,3 @@ class Relations(Term):
             losses.append(loss)
             parts |= {self._name(relation, layer): value for relation, value in values.items()}
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0], parts
-
-
-def criterion_of(objective: Objective) -> MiniLMLoss:
-    """The relations of an objective that has some."""
-    return next(term.criterion for term in objective if isinstance(term, Relations))

@@ -2,55 +2,74 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
 from minilm.models.capture import QKV
 from minilm.models.heads import has_vocabulary_head
+from minilm.models.observe import Needs
+from minilm.models.probes import is_causal
+from minilm.models.students import observe_probe
 from minilm.objectives.loss import MiniLMLoss
 from minilm.objectives.outputs import SoftLabels, check_temperature
 from minilm.objectives.relations import Relations
 from minilm.objectives.term import Objective, Term, Unit
-from minilm.values import FLOAT32_MAX
 
 MINILM, MINILM_V2 = ("qk", "vv"), ("qq", "kk", "vv")
 
 
+class System(NamedTuple):
+    """What the command line must know of a system before there are models."""
+
+    terms: Callable[..., list[Term]]  # (teacher, student, **options), the options under the names of their flags
+    head: bool = False  # whether both models come with their heads
+    masked: bool = False  # whether both see texts with masked tokens
+
+
 def minilm(
-    teacher_qkv: QKV,
-    student_qkv: QKV,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
     *,
     relations: Mapping[str, float] | None = None,
     relation_heads: int | None = None,
     teacher_layer: int = -1,
-    causal: bool = False,
-    temperature: float = 1.0,
+    layer_map: Mapping[int, int] | None = None,
+    relation_temperature: float = 1.0,
     implementation: str | None = None,
 ) -> list[Term]:
     """MiniLM (sections 3.1 and 3.2): the attention relation QK and the value relation VV, head by head.
 
     Args:
-        teacher_qkv, student_qkv: (q, k, v) of any short input, each (B, H, N, D): they tell the heads and widths.
         relations: weights by relation instead of the paper's relations with weight 1.
+        teacher_layer: whose relations the student's last layer learns.
+        layer_map: the student's layers, each with the teacher's, instead (section 4.3 has layer to layer).
 
     Raises:
-        ValueError: an unknown relation; relation heads that do not divide the widths.
+        ValueError: an unknown relation; relation heads that do not divide the widths; a layer that does not exist.
     """
+    layers = _layers(layer_map, teacher_layer)
     if relation_heads is not None:
-        _check_relation_heads(relation_heads, teacher_qkv, student_qkv)
-    criterion = MiniLMLoss(relations or MINILM, relation_heads, causal, temperature, implementation=implementation)
-    return [Relations(criterion, {-1: teacher_layer})]
+        for pair in _probed(teacher, student, layers):
+            _check_relation_heads(relation_heads, *pair)
+    causal = is_causal(teacher)
+    criterion = MiniLMLoss(
+        relations or MINILM, relation_heads, causal, relation_temperature, implementation=implementation
+    )
+    return [Relations(criterion, layers)]
 
 
 def minilm_v2(
-    teacher_qkv: QKV,
-    student_qkv: QKV,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
     *,
     relations: Mapping[str, float] | None = None,
     relation_heads: int | None = None,
-    **options: Any,
+    teacher_layer: int = -1,
+    layer_map: Mapping[int, int] | None = None,
+    relation_temperature: float = 1.0,
+    implementation: str | None = None,
 ) -> list[Term]:
     """MiniLMv2 (section 3.1): QQ, KK and VV over relation heads, so that head counts need not match.
 
@@ -59,12 +78,21 @@ def minilm_v2(
             teacher, and the teacher's own number where four times that does not divide both widths.
     """
     if relation_heads is None:
-        relation_heads = _default_relation_heads(teacher_qkv, student_qkv)
-    relations = relations or dict.fromkeys(MINILM_V2, 1.0)
-    return minilm(teacher_qkv, student_qkv, relations=relations, relation_heads=relation_heads, **options)
+        pairs = _probed(teacher, student, _layers(layer_map, teacher_layer))
+        relation_heads = _default_relation_heads(*pairs[0])
+    return minilm(
+        teacher,
+        student,
+        relations=relations or dict.fromkeys(MINILM_V2, 1.0),
+        relation_heads=relation_heads,
+        teacher_layer=teacher_layer,
+        layer_map=layer_map,
+        relation_temperature=relation_temperature,
+        implementation=implementation,
+    )
 
 
-SYSTEMS: dict[str, Callable[..., list[Term]]] = {"minilm": minilm, "minilm-v2": minilm_v2}
+SYSTEMS: dict[str, System] = {"minilm": System(minilm), "minilm-v2": System(minilm_v2)}
 
 
 def with_soft_labels(
@@ -81,24 +109,19 @@ def with_soft_labels(
     return Objective([*terms, SoftLabels(unit, weight, temperature)])
 
 
-def parse_relations(text: str) -> dict[str, float]:
-    """Weights by relation from "qk,vv" (1 each) or "qk:1,vv:0.5".
+def _layers(layer_map: Mapping[int, int] | None, teacher_layer: int) -> Mapping[int, int]:
+    if layer_map is None:
+        return {-1: teacher_layer}
+    if teacher_layer != -1:
+        raise UsageError(f"teacher_layer is {teacher_layer} and layer_map {dict(layer_map)}: give one of them")
+    return layer_map
 
-    >>> parse_relations("qk,vv:0.5")
-    {'qk': 1.0, 'vv': 0.5}
-    """
-    weights: dict[str, float] = {}
-    for item in text.split(","):
-        relation, colon, weight = item.strip().partition(":")
-        if relation in weights:
-            raise UsageError(f"relation {relation!r} stands twice in {text!r}")
-        try:
-            weights[relation] = float(weight) if colon else 1.0
-        except ValueError:
-            raise UsageError(f"the weight {weight!r} of relation {relation!r} in {text!r} is no number") from None
-        if math.isfinite(weights[relation]) and weights[relation] > FLOAT32_MAX:
-            raise UsageError(f"the weight {weight} of relation {relation!r} must be at most {FLOAT32_MAX:.7g}")
-    return weights
+
+def _probed(teacher: PreTrainedModel, student: PreTrainedModel, layers: Mapping[int, int]) -> list[tuple[QKV, QKV]]:
+    """q, k, v of each pair of layers for the shortest input."""
+    given = observe_probe(teacher, Needs(tuple(layers.values()))).qkv
+    made = observe_probe(student, Needs(tuple(layers))).qkv
+    return [(given[of_teacher], made[layer]) for layer, of_teacher in layers.items()]
 
 
 def _default_relation_heads(teacher_qkv: QKV, student_qkv: QKV) -> int:

@@ -8,20 +8,22 @@ ranks, so each share is multiplied by W.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
-from minilm.models.batches import Batch, count_examples, count_sequences, count_tokens
-from minilm.models.observe import Needs, Observed
+from minilm.models.batches import Batch, count_examples, count_labels, count_sequences, count_tokens
+from minilm.models.layers import num_layers
+from minilm.models.observe import Needs, Observed, resolve_needs
 from minilm.models.probes import probe_inputs
 from minilm.models.students import freeze_unreached, observe_probe
 
-Unit = Literal["sequences", "tokens", "examples"]  # those with tokens; all but padding; the rows of a batch
-COUNTS = {"sequences": count_sequences, "tokens": count_tokens, "examples": count_examples}
+# Those with tokens; all but padding; the rows of a batch; the tokens that were masked, which have labels.
+Unit = Literal["sequences", "tokens", "examples", "labels"]
+COUNTS = {"sequences": count_sequences, "tokens": count_tokens, "examples": count_examples, "labels": count_labels}
 LOSS = "loss"  # the sum, among the parts' names
 
 
@@ -40,6 +42,11 @@ class Term(nn.Module):
     teacher: Needs = Needs()
     student: Needs = Needs()
     causal: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another term of its class, JSON-able: for reports, and for runs that are continued."""
+        return {}
 
     def forward(self, teacher: Observed, student: Observed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the parts, a float32 scalar, and the parts by name, detached: means over the units.
@@ -84,6 +91,16 @@ class Objective(nn.ModuleList):
         return {part: term.unit for term in self for part in term.parts}
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What the terms say of themselves."""
+        return {name: value for term in self for name, value in term.identity.items()}
+
+    @property
+    def learns_the_end(self) -> bool:
+        """Whether it trains the whole student, up to what it returns."""
+        return self.student.final or self.student.output
+
+    @property
     def teacher(self) -> Needs:
         """What the terms together need of the teacher."""
         return _union(term.teacher for term in self)
@@ -110,23 +127,35 @@ class Objective(nn.ModuleList):
             outputs |= parts
         return outputs
 
+    def probe(self, teacher: PreTrainedModel, student: PreTrainedModel) -> Tensor:
+        """The loss on the shortest input, in eval mode, on which all that the terms need is tried.
+
+        Raises `ValueError` as `observe` and a term.
+        """
+        batch = probe_inputs(student)
+        if "labels" in self.units.values():
+            batch["labels"] = batch["input_ids"]
+        with torch.no_grad():
+            given = observe_probe(teacher, self.teacher)
+        loss: Tensor = self(given, observe_probe(student, self.student), batch)[LOSS]
+        return loss
+
     def freeze_unused(self, teacher: PreTrainedModel, student: PreTrainedModel) -> list[str]:
         """Set `requires_grad=False` on what of the student the loss does not reach; returns those parameters' names.
 
-        Found by the loss and its backward on the shortest input, on which all that the terms need is tried.
-
         Raises:
-            ValueError: as `observe`, a term and `freeze_unreached`.
+            ValueError: as `probe` and `freeze_unreached`.
         """
-        with torch.no_grad():
-            given = observe_probe(teacher, self.teacher)
         with torch.enable_grad():
-            loss = self(given, observe_probe(student, self.student), probe_inputs(student))[LOSS]
-        return freeze_unreached(student, loss)
+            loss = self.probe(teacher, student)
+        layers = resolve_needs(student, self.student)
+        highest = num_layers(student) if self.learns_the_end else max(*layers.qkv, *layers.hidden, 0, 0)
+        return freeze_unreached(student, loss, highest)
 
 
 def _union(needs: Iterable[Needs]) -> Needs:
     all_needs = list(needs)
     qkv = dict.fromkeys(layer for need in all_needs for layer in need.qkv)
     hidden = dict.fromkeys(layer for need in all_needs for layer in need.hidden)
-    return Needs(tuple(qkv), tuple(hidden), any(need.output for need in all_needs))
+    final, output = (any(getattr(need, name) for need in all_needs) for name in ("final", "output"))
+    return Needs(tuple(qkv), tuple(hidden), final, output)

@@ -22,6 +22,7 @@ from minilm.errors import NonFiniteError, UsageError
 from minilm.models.batches import Batch, as_packed, check_batch, count_sequences, count_tokens, model_inputs
 from minilm.models.observe import Observed, observe, resolve_needs
 from minilm.objectives.loss import MiniLMLoss
+from minilm.objectives.masking import HELD_OUT, Masking
 from minilm.objectives.term import COUNTS, LOSS, Objective, Unit
 from minilm.training.arguments import check_arguments, check_numbers
 from minilm.training.clock import StepClock
@@ -47,6 +48,7 @@ class DistillationTrainer(FeedingTrainer):
             their heads.
         options: those of `transformers.Trainer`: train_dataset (also a `TextStream`), eval_dataset, processing_class,
             data_collator, ...
+        masking: of tokens, for objectives that predict them.
         greater_is_better: of `metric_for_best_model`, where that is one of these losses. It counts instead of the
             arguments' own, whose default takes every name that does not end in "loss" for better when higher.
 
@@ -59,8 +61,7 @@ class DistillationTrainer(FeedingTrainer):
     "eval_loss", their weighted sum. What is saved is the student alone, as `from_pretrained` of its class, or
     `AutoModel`, loads it; parameters of terms are trained, and saved in checkpoints only.
 
-    A batch may be packed (`PackingCollator`) or flattened (transformers' `DataCollatorWithFlattening`).
-
+    Batches may be packed (`PackingCollator`) or flattened (transformers' `DataCollatorWithFlattening`).
     A loss, a gradient norm (but for fp16, whose scaler passes over such steps) or a weight that is NaN or infinite ends
     the run before anything of it is saved; see `minilm.training.finite` for when it is looked at.
 
@@ -81,13 +82,14 @@ class DistillationTrainer(FeedingTrainer):
         teacher_layer: int = -1,
         output_weight: float = 0.0,
         output_temperature: float = 1.0,
+        masking: Masking | None = None,
         greater_is_better: bool = False,
         **options: Any,
     ) -> None:
         check_arguments(args)
         objective = as_objective(criterion, student, teacher_layer, output_weight, output_temperature)
         self.teacher_layer = max(resolve_needs(teacher, objective.teacher).qkv, default=0)
-        self._weights, self._unit_of = objective.parts, objective.units
+        self._masking, self._weights, self._unit_of = masking, objective.parts, objective.units
         self.parts = list(self._weights)
         self._units: list[Unit] = list(dict.fromkeys(self._unit_of.values()))
         if args.ddp_find_unused_parameters is None:
@@ -224,7 +226,7 @@ class DistillationTrainer(FeedingTrainer):
         except DataError as error:
             fault = error
         states = [state for batch in batches if (state := batch.pop("stream_state", None))]
-        batches = [self._checked(batch) for batch in batches]
+        batches = [self.ready(batch, self.state.global_step) for batch in batches]
         counts = torch.zeros(len(self._units) + 3, device=device)
         counts[-1] = float(fault is not None)  # of the ranks that cannot go on
         for batch in batches:
@@ -261,13 +263,15 @@ class DistillationTrainer(FeedingTrainer):
             self._sums[part] = self._sums.get(part, 0) + outputs[part] * shares[unit]
         return (outputs[LOSS], outputs) if return_outputs else outputs[LOSS]
 
-    def _checked(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch as it goes on, the first of its layout tried on both models (a student in shards is not tried)."""
+    def ready(self, batch: Batch, step: int) -> dict[str, Any]:
+        """As `compute_loss` takes it, masked for this step; the first of a layout is tried on models not in shards."""
         batch = as_packed(batch)
+        if self._masking is not None:
+            batch = self._masking(batch, step)
         layout = next((name for name in ("sequence_ids", "prefix_lengths") if name in batch), None)
         if layout and layout not in self._tried:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            for model in (self.teacher,) if sharded else (self.teacher, self.student):
+            in_shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            for model in (self.teacher,) if in_shards else (self.teacher, self.student):
                 check_batch(model, layout, self.terms.causal)
             if layout == "sequence_ids" and "examples" in self._units:
                 raise UsageError(f"{type(self.student).__name__} classifies whole rows: its texts cannot be packed")
@@ -278,7 +282,6 @@ class DistillationTrainer(FeedingTrainer):
         return observe(self.teacher, model_inputs(self.teacher, batch, self.terms.causal), self.terms.teacher)
 
     def _counts(self, batch: Batch) -> list[Tensor]:
-        """How many it has of each unit."""
         return [COUNTS[unit](batch) for unit in self._units]
 
     def prediction_step(
@@ -289,7 +292,7 @@ class DistillationTrainer(FeedingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, the batch's mean of each part (B, parts), their weights (B, parts)), as `_means` expects them."""
-        inputs = self._checked(self._prepare_inputs(inputs))
+        inputs = self.ready(self._prepare_inputs(inputs), HELD_OUT)
         rows = len(next(iter(inputs.values())))
         if "sequence_ids" in inputs and rows == 1 < self.args.per_device_eval_batch_size and self.args.world_size > 1:
             raise UsageError(

@@ -1,0 +1,93 @@
+"""The student as it starts, and the objective that it learns, as the arguments say."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minilm.cli.arguments import Arguments
+from minilm.cli.flags import ModelArguments, ObjectiveArguments
+from minilm.errors import UsageError
+from minilm.models.heads import check_output
+from minilm.models.probes import check_no_films, probe_inputs
+from minilm.models.students import build_student
+from minilm.objectives.masking import Masking
+from minilm.objectives.parsing import parse_layer_map, parse_relations
+from minilm.objectives.systems import SYSTEMS, with_soft_labels
+from minilm.objectives.term import Objective
+
+PARSED = {"relations": parse_relations, "layer_map": parse_layer_map}
+# Flags of terms that go with every system.
+_OF_ALL = ("objective", "output_weight", "output_temperature")
+_OF_MASKING = ("mlm_probability", "whole_word_masking")
+
+
+def needs_head(arguments: Arguments) -> bool:
+    """Whether both models come with their heads."""
+    return SYSTEMS[arguments.objective.objective].head or arguments.objective.output_weight > 0
+
+
+def masking(arguments: Arguments, tokenizer: Any) -> Masking | None:
+    """For a system whose models read masked text; raises `ValueError` as `Masking`."""
+    if not SYSTEMS[arguments.objective.objective].masked:
+        return None
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UsageError(f"--objective {arguments.objective.objective} masks tokens, and the teacher takes images")
+    objective, training = arguments.objective, arguments.training
+    return Masking(
+        tokenizer,
+        probability=objective.mlm_probability,
+        whole_words=objective.whole_word_masking,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+    )
+
+
+def student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, Objective]:
+    """The student on its device, and the objective, tried once on both models.
+
+    Raises `ValueError` for a student that cannot be built, and for an objective that the models cannot have.
+    """
+    model, objective, training = arguments.model, arguments.objective, arguments.training
+    check_no_films(teacher)
+    options = system_options(objective, model)
+    student = build_student(
+        teacher,
+        num_layers=model.student_num_layers,
+        hidden_size=model.student_hidden_size,
+        num_heads=model.student_num_heads,
+        intermediate_size=model.student_intermediate_size,
+        init=model.student_init,
+        seed=training.seed,
+        with_head=needs_head(arguments),
+    )
+    if needs_head(arguments):
+        for with_head in (teacher, student):
+            check_output(with_head, probe_inputs(with_head))
+    teacher.to(training.device)  # type: ignore[arg-type]
+    student.to(training.device)  # type: ignore[arg-type]
+    terms = SYSTEMS[objective.objective].terms(teacher, student, **options)
+    whole = with_soft_labels(terms, student, objective.output_weight, objective.output_temperature)
+    whole.to(training.device).probe(teacher, student)
+    return student, whole
+
+
+def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict[str, Any]:
+    """What the flags that were set say to the system, by their names.
+
+    Raises `ValueError` for a flag that the system has no use for.
+    """
+    system = SYSTEMS[objective.objective]
+    takes = {*inspect.signature(system.terms).parameters, *(_OF_MASKING if system.masked else ())}
+    flags = {field.name: field.default for field in dataclasses.fields(objective) if field.name not in _OF_ALL}
+    given = {name: getattr(objective, name) for name in flags} | {"teacher_layer": model.teacher_layer}
+    flags["teacher_layer"] = -1
+    options = {}
+    for name, value in given.items():
+        if value == flags[name]:
+            continue
+        if name not in takes:
+            raise UsageError(f"--{name} {value} means nothing to --objective {objective.objective}: leave it out")
+        if name not in _OF_MASKING:
+            options[name] = PARSED[name](value) if name in PARSED else value
+    return options
