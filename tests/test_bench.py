@@ -19,11 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import _compare
 import _exact
+import _launches
 import _measure
 import _results
 import loss_bench
 import run_gpu
 import step_bench
+import tile_bench
 import truncation_bench
 from _cases import FAMILIES, Case, Triple, as_leaves, make_inputs, select_cases
 from _exact import exact, is_wrong, outcome, rel_error
@@ -33,6 +35,10 @@ from _plots import plot
 from _providers import PROVIDERS, Provider, default_providers, eager
 from _results import LossRow, merge, read_csv, write_csv
 from _table import loss_table, ratios
+
+from minilm import fused_minilm_loss
+from minilm_kernels._triton._launch import Launch
+from minilm_kernels._triton._plan import architecture
 
 # One small case of each kind; d_T + d_S is no multiple of 8, and a length no multiple of a block.
 SMALL = Case(name="v1-384", relations=("qk", "vv"), batch=3, heads=2, n=21, d_t=12, d_s=6, dtype="fp32")
@@ -372,6 +378,52 @@ def test_exponential_chains() -> None:
     for _ in range(steps):
         expected = torch.exp2(-expected)
     torch.testing.assert_close(out, expected)
+
+
+def described(argument: Any) -> Any:
+    """A kernel's argument; of tensors what the compiler sees."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.is_contiguous()
+    return tuple(map(described, argument)) if isinstance(argument, tuple) else argument
+
+
+def description(launch: Launch) -> Any:
+    """All but the last scale: the row's weight, which depends on the batch."""
+    arguments = {name: described(value) for name, value in launch.arguments.items()}
+    *scales, _ = arguments.pop("scales", (None,))
+    return launch.kernel, launch.programs, launch.options, [scale and round(scale, 6) for scale in scales], arguments
+
+
+@pytest.mark.parametrize(("n", "kernels"), [(8, {"resident"}), (40, set(_launches.SWEEPS))])
+def test_launches_are_the_librarys(n: int, kernels: set[str], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed or compiled alone is what a call of the loss launches: kernels, tiles and constants."""
+    teacher, student, _ = make_inputs(replace(SMALL, n=n), device)
+    made: list[Launch] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Launch, "run", lambda launch, device: made.append(launch))
+        loss = fused_minilm_loss(teacher, student, SMALL.relations, implementation="triton")
+        torch.autograd.grad(loss, student)
+    library, alone = [description(launch) for launch in made], []
+    for kernel in kernels:
+        relations = _launches.make_relations(kernel, SMALL.relations, teacher, student)
+        launch = _launches.make_launch(kernel, relations, architecture(torch.device(device)))
+        assert description(launch) in library, kernel
+        assert description(launch) not in alone, kernel
+        alone.append(description(launch))
+
+
+def test_candidates_of_tiles_are_launched_as_asked() -> None:
+    case = gpu_case("v2-48", 512)
+    small = make_inputs(replace(case, batch=1, n=40, heads=1), "cpu")
+    for kernel, count in {"forward": 3, "rows": 1, "keys": 1, "self": 3}.items():
+        relations = tile_bench.relations_of(kernel, case.relations, small)
+        assert len(relations.x_s) == count
+        shapes = tile_bench.candidates(kernel)
+        assert len(set(shapes)) == len(shapes)
+        for shape in shapes:
+            launch = _launches.make_launch(kernel, relations, 90, shape)
+            assert (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) == shape[:2]
+            assert (launch.num_warps, launch.num_stages, launch.max_registers) == shape[2:]
 
 
 def test_loss_bench_on_a_cpu(
