@@ -15,9 +15,9 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from _arguments import add_commit, add_out, make_parser, positive
 from _cases import DTYPES, FAMILIES, Case, make_inputs, select_cases
 from _compare import compare
 from _exact import exact
@@ -25,28 +25,26 @@ from _floor import Rates
 from _measure import REP_MS
 from _plots import plot
 from _providers import PROVIDERS, default_providers
-from _results import RESULTS, LossRow, device_slug, environment, merge, read_csv, write_csv
+from _results import LossRow, device_slug, environment, merge, old_rows, write_csv
 from _table import MODES, loss_table, ratios
 
 CPU_SECONDS = 95  # all must be measured by then: a run ends within two minutes
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--case", nargs="+", choices=FAMILIES, default=[], metavar="NAME", help=", ".join(FAMILIES))
-    parser.add_argument("--n", nargs="+", type=int, default=[], help="tokens of a sequence, one or several")
-    parser.add_argument("--batch", type=int, help="sequences (default: a fixed number of tokens)")
-    parser.add_argument("--heads", type=int, help="relation heads that the same widths are split into")
+    parser.add_argument("--n", nargs="+", type=positive, default=[], help="tokens of a sequence, one or several")
+    parser.add_argument("--batch", type=positive, help="sequences (default: a fixed number of tokens)")
+    parser.add_argument("--heads", type=positive, help="relation heads that the same widths are split into")
     parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, default=[], metavar="NAME", help=", ".join(PROVIDERS)
     )
     parser.add_argument("--quick", action="store_true", help="two cases, two lengths, no compile")
     parser.add_argument("--seconds", type=float, help="measure no longer than about this")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the PNGs")
-    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    add_out(parser)
+    add_commit(parser)
     return parser.parse_args(argv)
 
 
@@ -58,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cuda = device == "cuda"
     try:
         cases = select_cases(cuda, args.case, args.n, args.batch, args.heads, args.dtype, args.quick)
-        path = args.out / f"loss_bench_{device_slug(device)}.csv"
-        rows = read_csv(LossRow, path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    path = args.out / f"loss_bench_{device_slug(device)}.csv"
+    rows = old_rows(LossRow, path)
     seconds = args.seconds if args.seconds is not None else math.inf if cuda else CPU_SECONDS
     deadline = start + seconds
     where = environment(device, args.commit)

@@ -7,17 +7,17 @@ the main loop from the machine code (NVIDIA only; an element is one pair of toke
 bounds nor tails are counted. Writes static_report.csv; nothing here is a time.
 """
 
-import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 import _sass
 import torch
+from _arguments import add_out, make_parser
 from _cases import Triple
 from _launches import KERNELS, make_launch, make_relations
+from _results import old_rows, replace, write_csv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -45,7 +45,8 @@ class Variant(NamedTuple):
     bounded: bool  # with a mask that may have holes
 
 
-class Row(NamedTuple):
+@dataclass(kw_only=True)
+class Row:
     """A line of the report; instructions per element of the main loop, None without one or without a disassembler."""
 
     target: str
@@ -62,6 +63,10 @@ class Row(NamedTuple):
     issue: float | None
     exponentials: float | None
     loads: float | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.target, self.kernel, self.d_t, self.d_s, self.dtype, self.bounded)
 
 
 def variants(dtypes: Sequence[torch.dtype]) -> Iterator[Variant]:
@@ -149,24 +154,26 @@ def measure(name: str, variant: Variant) -> Row:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    add_out(parser)
+    parser.add_argument(
+        "--target", choices=TARGETS, nargs="+", default=list(TARGETS), metavar="CHIP", help=", ".join(TARGETS)
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), metavar="NAME", help=", ".join(DTYPES)
+    )
     arguments = parser.parse_args(argv)
+    path = arguments.out / "static_report.csv"
+    old = old_rows(Row, path)
     rows = []
     for name in arguments.target:
         for variant in variants([DTYPES[dtype] for dtype in arguments.dtype]):
             rows.append(measure(name, variant))
-            print(*("-" if cell is None else cell for cell in rows[-1]), sep="  ", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "static_report.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+            print(*("-" if cell is None else cell for cell in astuple(rows[-1])), sep="  ", flush=True)
+    write_csv(replace(old, rows), path)
     spilled = [row for row in rows if row.spills]
-    print(f"\n{len(rows)} kernels compiled, {len(spilled)} of them spill registers")
+    print(f"\n{len(rows)} kernels compiled, {len(spilled)} of them spill registers\n{path}")
     return 0
 
 

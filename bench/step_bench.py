@@ -8,20 +8,19 @@ The step: teacher up to its last layer's q, k, v in bf16; student likewise under
 backward; AdamW. Weights are random: they change no time.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from _arguments import add_commit, add_out, make_parser
 from _cases import V1, V2, Triple, as_leaves
 from _compare import attempt
 from _measure import Work, peak_mib, release, time_ms
-from _results import RESULTS, StepRow, device_slug, environment, read_csv, replace, write_csv
+from _results import StepRow, device_slug, environment, old_rows, replace, write_csv
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
@@ -58,20 +57,18 @@ TINY = Sizes(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 where a provider failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one student, MiniLMv2 only")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement later than this")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    add_out(parser)
+    add_commit(parser)
     args = parser.parse_args(argv)
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = BASE if device == "cuda" else TINY
     where: dict[str, Any] = {**environment(device, args.commit), "transformers": transformers.__version__}
     path = args.out / f"step_bench_{device_slug(device)}.csv"
-    old, measured = read_csv(StepRow, path), []
+    rows, measured = old_rows(StepRow, path), []
     for student in list(sizes.students)[: 1 if args.quick else None]:
         for objective in [SEARCHED] if args.quick else OBJECTIVES:
             for provider in PROVIDERS if device == "cuda" else PROVIDERS[:2]:
@@ -85,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 release(device)
                 measured.append(row)
                 print(_line(row), flush=True)
-                write_csv(replace(old, measured), path)
+                rows = replace(rows, [row])
+                write_csv(rows, path)
     print(path)
     if device == "cpu":
         print("This machine has no GPU: these models are tiny and their times say nothing about training.")

@@ -8,24 +8,22 @@ Compiles every candidate first, in parallel processes. Times are medians of the 
 over rows without dX, "rows" that with dX, "keys" the sweep for dY, "self" that of a self relation.
 """
 
-import argparse
-import csv
 import itertools
 import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
+from _arguments import add_commit, add_out, make_parser, positive
 from _cases import FAMILIES, Case, Inputs, make_inputs, select_cases
 from _launches import SWEEPS, make_launch, make_relations, pinned_tiles
-from _results import RESULTS, device_slug, environment
+from _results import device_slug, environment, old_rows, replace, write_csv
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
@@ -56,7 +54,7 @@ REP_MS = 8.0
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Median time of one kernel with one choice of tiles."""
+    """Median time of one kernel with one choice of tiles, and what the compiler made of it."""
 
     kernel: str
     case: str
@@ -70,6 +68,16 @@ class Row:
     ms: float | None  # None: the chip has no room for it
     spills: int | None
     registers: int | None
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        sizes = (self.block_m, self.block_n, self.num_warps, self.num_stages, self.max_registers)
+        return (self.kernel, self.case, self.N, *sizes, self.gpu)
 
 
 def candidates(kernel: str) -> list[Tiles]:
@@ -99,7 +107,7 @@ def compile_candidate(kernel: str, case: Case, shape: Tiles) -> None:
         pass
 
 
-def measure(kernel: str, case: Case) -> list[Row]:
+def measure(kernel: str, case: Case, where: dict[str, Any]) -> list[Row]:
     """A row of each candidate."""
     relations = relations_of(kernel, case.relations, make_inputs(case, "cuda"))
     device = torch.device("cuda")
@@ -116,25 +124,28 @@ def measure(kernel: str, case: Case) -> list[Row]:
             spills, registers = compiled.n_spills, compiled.n_regs
         except OutOfResources:
             pass
-        rows.append(Row(**sizes, **shape._asdict(), ms=ms, spills=spills, registers=registers))
+        rows.append(Row(**sizes, **shape._asdict(), ms=ms, spills=spills, registers=registers, **where))
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 2 without a GPU."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--kernel", nargs="+", choices=SWEEPS, default=SWEEPS)
-    parser.add_argument("--case", nargs="+", choices=FAMILIES, default=CASES)
-    parser.add_argument("--n", nargs="+", type=int, default=LENGTHS, help="tokens of a sequence")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    parser = make_parser(__doc__)
+    parser.add_argument("--kernel", nargs="+", choices=SWEEPS, default=SWEEPS, metavar="NAME", help=", ".join(SWEEPS))
+    parser.add_argument("--case", nargs="+", choices=FAMILIES, default=CASES, metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument("--n", nargs="+", type=positive, default=LENGTHS, help="tokens of a sequence")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes that compile")
+    add_out(parser)
+    add_commit(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("this machine has no CUDA device: bench/static_report.py counts instructions without one")
+        print(
+            "this machine has no CUDA device; bench/static_report.py counts instructions without one", file=sys.stderr
+        )
         return 2
+    path = args.out / f"tiles_{device_slug('cuda')}.csv"
+    rows = old_rows(Row, path)
+    where = environment("cuda", args.commit)
     start = time.monotonic()
     chosen = select_cases(True, args.case, args.n)
     work = list(itertools.product(args.kernel, chosen))
@@ -143,10 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for job in jobs:
             job.result()
     print(f"{len(jobs)} candidates compiled in {time.monotonic() - start:.0f} s", flush=True)
-    rows: list[Row] = []
     for kernel, case in work:
-        found = measure(kernel, case)
-        rows += found
+        found = measure(kernel, case, where)
+        rows = replace(rows, found)
+        write_csv(rows, path)
         print(f"\n{kernel}  {case}")
         for row in sorted(found, key=lambda row: row.ms or float("inf"))[:6] + [row for row in found if row.pinned]:
             print(
@@ -154,19 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f" of {row.max_registers}  {row.registers} registers, {row.spills} spilled{'  pinned' * row.pinned}",
                 flush=True,
             )
-    path = args.out / f"tiles_{device_slug('cuda')}.csv"
-    write(rows, path, environment("cuda", args.commit))
     print(path)
     return 0
-
-
-def write(rows: Sequence[Row], path: Path, where: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*(field.name for field in fields(Row)), *where])
-        for row in rows:
-            writer.writerow([*astuple(row), *where.values()])
 
 
 if __name__ == "__main__":

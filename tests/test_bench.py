@@ -308,6 +308,30 @@ def test_running_again_replaces_rows_and_ratios(tmp_path: Path) -> None:
         read_csv(LossRow, path)
 
 
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    where = {"gpu": "some GPU", "torch": "2", "triton": "", "commit": "abc", "date": ""}
+    tiles = {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2}
+    timed = tile_bench.Row(kernel="rows", case="v1-384", N=512, **tiles, max_registers=None, pinned=True, ms=0.25,
+                           spills=0, registers=128, **where)  # fmt: skip
+    without_room = replace(timed, max_registers=96, pinned=False, ms=None, spills=None, registers=None)
+    write_csv([timed, without_room], tmp_path / "tiles.csv")
+    assert read_csv(tile_bench.Row, tmp_path / "tiles.csv") == [timed, without_room]
+    assert len(_results.replace([timed], [without_room, replace(timed, ms=0.5)])) == 2
+
+
+def test_a_file_of_other_columns_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None
+) -> None:
+    for main, name in ((loss_bench.main, "loss_bench"), (step_bench.main, "step_bench")):
+        path = tmp_path / f"{name}_cpu.csv"
+        path.write_text("case,ms\nv1,3\n")
+        with pytest.raises(SystemExit) as exit_code:
+            main(["--quick", "--out", str(tmp_path)])
+        assert exit_code.value.code == 2
+        assert capsys.readouterr().err.startswith(f"{path} has columns ['case', 'ms'], this version writes ['")
+        assert path.read_text() == "case,ms\nv1,3\n"
+
+
 def test_ratios_are_of_fused_over_eager() -> None:
     rows = merge([], [row("fused", 2.0, 128), row("eager", 3.0, 128), row("fused", 1.0, 1024), row("eager", 4.0, 1024)])
     assert ratios(rows).splitlines()[1:] == ["  N = 128   v1-384 N=128 1.50x", "  N >= 512  v1-384 N=1024 4.00x"]
@@ -482,6 +506,9 @@ def test_loss_bench_says_when_something_is_wrong(
     assert "WRONG" in capsys.readouterr().out
     assert loss_bench.main([*own, "--heads", "7"]) == 2
     assert "--heads 7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        loss_bench.main([*own, "--heads", "0"])
+    assert "argument --heads: must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_step_bench_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None) -> None:
@@ -523,7 +550,7 @@ def test_truncation_bench_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(truncation_bench, "CASES", {"tiny": (tiny, 2, 4, 2, 48)})
     assert truncation_bench.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
     rows = list(csv.DictReader((tmp_path / "truncation_cpu.csv").read_text().splitlines()))
-    assert [(row["case"], row["part"], row["commit"]) for row in rows] == [
+    assert [(row["case"], row["work"], row["commit"]) for row in rows] == [
         ("tiny", "teacher", "abc"),
         ("tiny", "step", "abc"),
     ]
