@@ -122,8 +122,10 @@ def _print_rates(dtypes: set[str]) -> dict[str, Rates]:
     return rates
 
 
-def _order(row: LossRow) -> tuple[int, int, int, int]:
-    return list(FAMILIES).index(row.case), row.N, list(PROVIDERS).index(row.provider), MODES.index(row.mode)
+def _order(row: LossRow) -> tuple[int, ...]:
+    """Lengths of a case in a dtype stand together."""
+    group = list(FAMILIES).index(row.case), list(DTYPES).index(row.dtype), -row.heads
+    return *group, row.N, list(PROVIDERS).index(row.provider), MODES.index(row.mode)
 
 
 if __name__ == "__main__":

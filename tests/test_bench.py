@@ -112,6 +112,15 @@ def test_cases() -> None:
     assert {case.name for case in cases} == set(FAMILIES)
     assert all(case.tokens == 16384 for case in cases if not case.padded and case.name != "v1-sst2")
     assert {(case.d_t, case.d_s) for case in cases if case.name == "v2-64"} == {(16, 6)}
+    # Heads of 64 dimensions, padding, the causal mask and each dtype are measured without a flag.
+    assert {(case.heads, case.d_t, case.d_s) for case in cases if case.name == "v1-768"} == {(12, 64, 64)}
+    assert {(case.dtype, case.n) for case in cases if case.padded or case.causal} == {("bf16", 512), ("bf16", 2048)}
+    assert [(case.name, case.dtype, case.n) for case in cases if case.dtype != "bf16"] == [
+        ("v1-384", dtype, n) for dtype in ("fp16", "fp32") for n in (512, 2048)
+    ]
+    assert {case.dtype for case in select_cases(True, ["v1-384"])} == {"bf16"}
+    assert {case.dtype for case in select_cases(True, dtype="fp16")} == {"fp16"}
+    assert {case.dtype for case in select_cases(True, quick=True)} == {"bf16"}
     assert [case.n for case in select_cases(False, quick=True)] == [128, 512]
     [own] = select_cases(True, ["v2-48"], [1000], batch=3, heads=12, dtype="fp16")
     assert (own.n, own.batch, own.heads, own.d_t, own.d_s, own.dtype) == (1000, 3, 12, 64, 32, "fp16")
@@ -333,8 +342,14 @@ def test_a_file_of_other_columns_is_left_alone(
 
 
 def test_ratios_are_of_fused_over_eager() -> None:
-    rows = merge([], [row("fused", 2.0, 128), row("eager", 3.0, 128), row("fused", 1.0, 1024), row("eager", 4.0, 1024)])
-    assert ratios(rows).splitlines()[1:] == ["  N = 128   v1-384 N=128 1.50x", "  N >= 512  v1-384 N=1024 4.00x"]
+    times = {("fused", 128): 2.0, ("eager", 128): 3.0, ("fused", 1024): 1.0, ("eager", 1024): 4.0}
+    in_bf16 = [row(provider, ms, n) for (provider, n), ms in times.items()]
+    in_fp32 = [row("fused", 1.0, dtype="fp32"), row("eager", 5.0, dtype="fp32")]
+    rows = merge([], [*in_bf16, *in_fp32])
+    assert ratios(rows).splitlines()[1:] == [
+        "  v1-384, 12 heads, bf16  N=128 1.50x, N=1024 4.00x",
+        "  v1-384, 12 heads, fp32  N=512 5.00x",
+    ]
     assert ratios(rows[1:2]) == ""
 
 
