@@ -128,7 +128,7 @@ class StepRow:
     ms_p50: float | None = None
     ms_p80: float | None = None
     tokens_per_s: float | None = None
-    loss_pct: float | None = None  # forward and backward of the loss, of the step's time
+    loss_pct: float | None = None  # forward and backward of the loss alone, of ms_p50
     peak_mib: float | None = None  # above both models and the optimiser's state
     largest_batch: int | None = None  # sequences that fit, to an eighth
     gpu: str = ""

@@ -5,9 +5,14 @@
     python bench/loss_bench.py --quick                      a minute's run
     python bench/loss_bench.py --case v2-48 --n 1024 --batch 8 --heads 12 --dtype fp16
 
-Modes: "forward" wants no gradient; "backward" starts from a loss that was computed before; "both" is what a training
-step pays. Where gradients are prepared in the forward, "backward" alone is small and "both" is the number to look at.
-On a CPU the chunked path stands for the library; the Triton kernels are measured on a GPU.
+A case is an objective between a teacher and a student: v1-768 is MiniLM v1 with a student 768 wide, v2-48 is MiniLM v2
+with 48 relation heads. On a GPU all are measured in bf16, and v1-384 in fp16 and fp32 too. On a CPU the smaller ones
+are measured in fp32.
+
+There are three modes. "forward" computes no gradient. "backward" starts from a loss that was computed before. "both" is
+what a training step pays. A provider may prepare gradients in its forward, so "both" is the number to compare.
+
+`fused` is the library: its Triton kernels on a GPU, its chunked path on a CPU.
 """
 
 import argparse
@@ -41,8 +46,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, default=[], metavar="NAME", help=", ".join(PROVIDERS)
     )
-    parser.add_argument("--quick", action="store_true", help="two cases, two lengths, no compile")
-    parser.add_argument("--seconds", type=float, help="measure no longer than about this")
+    parser.add_argument("--quick", action="store_true", help="few cases, two lengths, no compile")
+    parser.add_argument(
+        "--seconds", type=float, help=f"measure for about this long at most (default: on a CPU {CPU_SECONDS})"
+    )
     add_out(parser)
     add_commit(parser)
     return parser.parse_args(argv)
@@ -78,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for row in new:
                     row.__dict__.update(where)
                     outcome = f"{row.ms_p50:.3f} ms" if row.ms_p50 else row.note
-                    print(f"  {row.case} N={row.N} {row.provider} {row.mode}: {outcome}", flush=True)
+                    print(f"  {row.case} {row.dtype} N={row.N} {row.provider} {row.mode}: {outcome}", flush=True)
                 found += new
             del inputs, truth
         missing = len(MODES) * len(names) - len(found)
@@ -88,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if measured:
             write_csv(merge(rows, measured), path)
 
+    if not measured:
+        return 0
     rows = [row for row in merge(rows, measured) if row.gpu == where["gpu"]]
     settings = {row.setting for row in measured}
     shown = sorted((row for row in rows if row.setting in settings), key=_order)

@@ -4,8 +4,9 @@
     python bench/run_gpu.py --out DIR                 all parts
     python bench/run_gpu.py --out DIR --part bench    one; each ends within nine minutes
 
-CSVs and PNGs go into bench/results/, whose rows they replace; copies of them and a log of each part go into DIR. The
-project need not be installed: its sources are found beside this file.
+tests: the loss's tests on the GPU. bench: loss_bench.py. step: step_bench.py and truncation_bench.py. profile: Nsight
+Compute over the kernels. Rows and plots go into bench/results/, where new rows replace old ones. Copies of them and a
+log of each part go into DIR. The project need not be installed: its sources are found beside this file.
 """
 
 import importlib.util
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 where a part failed; 2 without a GPU."""
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the logs and copies")
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="(default: all)")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, metavar="NAME", help=", ".join(PARTS))
     add_commit(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -1,10 +1,11 @@
 """What the compiler made of every kernel, for GPUs that need not be there: registers, spills, instructions per element.
 
-    python bench/static_report.py [--target sm_90 ...] [--dtype bfloat16 ...] [--out bench/results]
+    python bench/static_report.py                                       every target, into bench/results/
+    python bench/static_report.py --target sm_90 --dtype bfloat16
 
-Compiles the kernels with their pinned tiles for sm_80, sm_89, sm_90, sm_100 and gfx942, and reads registers, spills and
-the main loop from the machine code (NVIDIA only; an element is one pair of tokens of one head). Main loops with neither
-bounds nor tails are counted. Writes static_report.csv; nothing here is a time.
+The kernels are compiled with their pinned tiles for sm_80, sm_89, sm_90, sm_100 and gfx942. Registers, spills and the
+main loop are read from the machine code, of NVIDIA's chips only. An element is one pair of tokens of one head. Of a
+kernel's main loops the one without bounds and tails is counted. static_report.csv gets the rows. None is a time.
 """
 
 import sys

@@ -4,8 +4,8 @@
     python bench/tile_bench.py                                  every kernel, into bench/results/
     python bench/tile_bench.py --kernel rows keys --case v1-384 --n 2048
 
-Compiles every candidate first, in parallel processes. Times are medians of the kernel alone. "forward" is the sweep
-over rows without dX, "rows" that with dX, "keys" the sweep for dY, "self" that of a self relation.
+All candidates are compiled first, in parallel processes. Times are medians of the kernel alone. "forward" is the sweep
+over rows without dX, "rows" is that with dX, "keys" is the sweep for dY, and "self" is that of a self relation.
 """
 
 import itertools
@@ -97,7 +97,7 @@ def relations_of(kernel: str, names: tuple[str, ...], inputs: Inputs) -> Relatio
 
 
 def compile_candidate(kernel: str, case: Case, shape: Tiles) -> None:
-    """Fills Triton's cache; a candidate that the chip has no room for is met again, and said so, when it is timed."""
+    """Fills Triton's cache. A candidate that the chip has no room for is reported when it is timed."""
     relations = relations_of(kernel, case.relations, make_inputs(case, "cuda"))
     device = torch.device("cuda")
     try:

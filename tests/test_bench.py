@@ -22,7 +22,9 @@ import _exact
 import _launches
 import _measure
 import _results
+import encoder_quality
 import loss_bench
+import profile_kernels
 import run_gpu
 import step_bench
 import tile_bench
@@ -40,9 +42,9 @@ from minilm import fused_minilm_loss
 from minilm_kernels._triton._launch import Launch
 from minilm_kernels._triton._plan import architecture
 
-# One small case of each kind; d_T + d_S is no multiple of 8, and a length no multiple of a block.
+# Small cases; d_T + d_S is no multiple of 8, and a length no multiple of a block.
 SMALL = Case(name="v1-384", relations=("qk", "vv"), batch=3, heads=2, n=21, d_t=12, d_s=6, dtype="fp32")
-KINDS = {
+SMALL_CASES = {
     "full": SMALL,
     "padded": replace(SMALL, padded=True),
     "causal": replace(SMALL, causal=True),
@@ -134,14 +136,14 @@ def test_padded_and_causal_cases_cost_what_is_allowed() -> None:
     assert padded.lengths == [256 * i for i in range(1, 9)]
     assert padded.pairs / full.pairs == pytest.approx(0.4, abs=0.01)
     assert gpu_case("v1-384-causal", 2048).pairs == full.batch * sum(range(1, 2049))
-    mask = make_inputs(KINDS["padded"], "cpu").mask
-    assert mask.sum(1).tolist() == KINDS["padded"].lengths == [7, 14, 21]
+    mask = make_inputs(SMALL_CASES["padded"], "cpu").mask
+    assert mask.sum(1).tolist() == SMALL_CASES["padded"].lengths == [7, 14, 21]
     assert mask[:, 0].all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_exact_is_the_loop_in_float64(kind: str) -> None:
-    case = KINDS[kind]
+@pytest.mark.parametrize("name", SMALL_CASES)
+def test_exact_is_the_loop_in_float64(name: str) -> None:
+    case = SMALL_CASES[name]
     inputs = make_inputs(case, "cpu")
     teacher: Any = tuple(x.double() for x in inputs.teacher)
     wide = inputs._replace(teacher=teacher, student=as_leaves(inputs.student, torch.float64))
@@ -151,20 +153,20 @@ def test_exact_is_the_loop_in_float64(kind: str) -> None:
 
 
 def test_exact_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(KINDS["padded"], "cpu")
-    whole = exact(KINDS["padded"], inputs)
+    inputs = make_inputs(SMALL_CASES["padded"], "cpu")
+    whole = exact(SMALL_CASES["padded"], inputs)
     monkeypatch.setattr("_exact.ELEMENTS", 1)
-    assert rel_error(exact(KINDS["padded"], inputs), whole, "both") < 1e-14
+    assert rel_error(exact(SMALL_CASES["padded"], inputs), whole, "both") < 1e-14
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PROVIDERS)
-def test_providers_compute_the_loss(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", SMALL_CASES)
+@pytest.mark.parametrize("provider_name", PROVIDERS)
+def test_providers_compute_the_loss(name: str, provider_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_function = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **kw: compile_function(*a, **kw, backend="aot_eager"))
-    case, provider = KINDS[kind], PROVIDERS[name]
+    case, provider = SMALL_CASES[name], PROVIDERS[provider_name]
     inputs = make_inputs(case, "cpu")
-    if name == "flash" and kind == "padded":
+    if provider_name == "flash" and name == "padded":
         assert provider.refuses(case, "cpu") == "flash attention takes no padding mask"
         return
     assert provider.refuses(case, "cpu") == ""
@@ -490,8 +492,11 @@ def test_loss_bench_on_a_cpu(
 
     assert loss_bench.main([*arguments, "--n", "24", "--providers", "eager"]) == 0
     assert len(read_csv(LossRow, tmp_path / "loss_bench_cpu.csv")) == len(rows)
+    capsys.readouterr()
     assert loss_bench.main([*own, "--seconds", "0"]) == 0
-    assert "time is up (--seconds), 12 rows not measured" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "time is up (--seconds), 12 rows not measured" in shown
+    assert "\n\n" not in shown
 
 
 def test_a_deadline_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,6 +556,22 @@ def test_largest_batch(room: int) -> None:
     assert found <= min(room, step_bench.BATCH_LIMIT)
     assert found * 9 / 8 + 1 >= min(room, step_bench.BATCH_LIMIT)
     assert len(asked) == len(set(asked)) <= 14
+
+
+@pytest.mark.parametrize("main", [tile_bench.main, profile_kernels.main], ids=["tile_bench", "profile_kernels"])
+def test_what_needs_a_gpu_says_so(main: Any, capsys: pytest.CaptureFixture[str], no_gpu: None) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("this machine has no CUDA device")
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+
+
+def test_encoder_quality_names_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = tmp_path / "there.parquet"
+    there.touch()
+    gone = [str(tmp_path / name) for name in ("stsb.parquet", "trec.parquet")]
+    assert encoder_quality.main(["model", "--stsb", gone[0], "--trec", str(there), gone[1]]) == 2
+    assert capsys.readouterr().err == f"no such file: {gone[0]}, {gone[1]}\n"
 
 
 def test_run_gpu_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None) -> None:
