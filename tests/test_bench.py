@@ -26,6 +26,7 @@ import encoder_quality
 import loss_bench
 import profile_kernels
 import run_gpu
+import static_report
 import step_bench
 import tile_bench
 import truncation_bench
@@ -341,6 +342,24 @@ def test_a_file_of_other_columns_is_left_alone(
         assert exit_code.value.code == 2
         assert capsys.readouterr().err.startswith(f"{path} has columns ['case', 'ms'], this version writes ['")
         assert path.read_text() == "case,ms\nv1,3\n"
+
+
+@pytest.mark.parametrize(
+    ("row_type", "pattern"),
+    [
+        (LossRow, "loss_bench_*.csv"),
+        (tile_bench.Row, "tiles_*.csv"),
+        (truncation_bench.Row, "truncation_*.csv"),
+        (static_report.Row, "static_report.csv"),
+    ],
+)
+def test_committed_results_are_read(row_type: Any, pattern: str) -> None:
+    """Else the next run on that device would end before it measured."""
+    files = list(_results.RESULTS.glob(pattern))
+    assert files
+    for path in files:
+        rows = read_csv(row_type, path)
+        assert len({row.key for row in rows}) == len(rows) > 5
 
 
 def test_ratios_are_of_fused_over_eager() -> None:
