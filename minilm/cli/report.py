@@ -230,8 +230,8 @@ def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:
 
 
 def _what_it_is_for(metrics: Metrics) -> str:
-    if metrics["output_weight"]:
-        return "The output loss trained the whole student: it serves as it is."
+    if metrics["learns_the_end"]:
+        return "The whole student was trained, its last layer too: it serves as it is."
     if metrics["serves"]:
         return (
             "The relations train all that lies below the last layer's queries, keys and values. What lies above them "

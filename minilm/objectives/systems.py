@@ -26,6 +26,7 @@ class System(NamedTuple):
     terms: Callable[..., list[Term]]  # (teacher, student, **options), the options under the names of their flags
     head: bool = False  # whether both models come with their heads
     masked: bool = False  # whether both see texts with masked tokens
+    embedding_weight: float = 0.0  # of the sentence embedding beside the terms, where no flag says otherwise
 
 
 def minilm(
@@ -92,7 +93,16 @@ def minilm_v2(
     )
 
 
-SYSTEMS: dict[str, System] = {"minilm": System(minilm), "minilm-v2": System(minilm_v2)}
+def embedding(teacher: PreTrainedModel, student: PreTrainedModel) -> list[Term]:
+    """The sentence embedding alone (Reimers and Gurevych, arXiv 2004.09813, section 2)."""
+    return []
+
+
+SYSTEMS: dict[str, System] = {
+    "minilm": System(minilm),
+    "minilm-v2": System(minilm_v2),
+    "embedding": System(embedding, embedding_weight=1.0),
+}
 
 
 def with_soft_labels(
