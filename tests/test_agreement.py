@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minilm.models.agreement import Agreement
+from minilm.models.sentence_modules import SentenceHead
 
 COUNT = 24
+HEAD = SentenceHead(["mean"])
 
 
 class Vectors(nn.Module):
@@ -38,7 +40,7 @@ def rows(tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def agreement_of(model: nn.Module, rows: list[dict[str, Any]], tokenizer: Any) -> Agreement:
-    return Agreement(model, rows, lambda some: tokenizer.pad(some, return_tensors="pt"), 5, ("mean",))
+    return Agreement(model, rows, lambda some: tokenizer.pad(some, return_tensors="pt"), 5, HEAD)
 
 
 def cosines(model: Vectors, rows: list[dict[str, Any]]) -> np.ndarray:
@@ -51,7 +53,7 @@ def test_correlation_and_neighbours_are_those_of_the_definition(tokenizer: Any, 
     teacher, student = Vectors(0), Vectors(1)
     student.table.data.lerp_(teacher.table.data, 0.5)
     agreement = agreement_of(teacher, rows, tokenizer)
-    measured = agreement.measure(agreement.similarities(student))
+    measured = agreement.measure(agreement.similarities(student, HEAD))
 
     both = [cosines(model, rows) for model in (teacher, student)]
     above = np.triu_indices(COUNT, k=1)
@@ -67,14 +69,15 @@ def test_correlation_and_neighbours_are_those_of_the_definition(tokenizer: Any, 
 def test_the_teacher_agrees_with_itself(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
     teacher = Vectors(0).train()
     agreement = agreement_of(teacher, rows, tokenizer)
-    assert agreement.measure(agreement.similarities(teacher)) == pytest.approx({"correlation": 1.0, "neighbours": 1.0})
+    measured = agreement.measure(agreement.similarities(teacher, HEAD))
+    assert measured == pytest.approx({"correlation": 1.0, "neighbours": 1.0})
     assert teacher.training
 
 
 def test_examples_are_texts_with_their_nearest(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
     teacher, student = Vectors(0), Vectors(1)
     agreement = agreement_of(teacher, rows, tokenizer)
-    examples = agreement.examples(agreement.similarities(student), tokenizer)
+    examples = agreement.examples(agreement.similarities(student, HEAD), tokenizer)
     texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
     assert len(examples) == len({example["text"] for example in examples}) == 5
     for example in examples:
@@ -88,13 +91,13 @@ def test_examples_are_texts_with_their_nearest(tokenizer: Any, rows: list[dict[s
 def test_a_long_text_is_cut_to_a_line(tokenizer: Any) -> None:
     rows = [tokenizer("ab " * (60 + 10 * i), return_token_type_ids=False) for i in range(12)]
     agreement = agreement_of(Vectors(0), rows, tokenizer)
-    for example in agreement.examples(agreement.similarities(Vectors(1)), tokenizer):
+    for example in agreement.examples(agreement.similarities(Vectors(1), HEAD), tokenizer):
         assert all(len(text) == 96 and text.endswith("…") for text in example.values())
 
 
 def test_of_few_texts_fewer_neighbours_are_compared(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
     few = agreement_of(Vectors(0), rows[:4], tokenizer)
     assert few.neighbours == 2
-    assert len(few.examples(few.similarities(Vectors(1)), tokenizer)) >= 2
+    assert len(few.examples(few.similarities(Vectors(1), HEAD), tokenizer)) >= 2
     with pytest.raises(ValueError, match="agreement needs 3 texts, got 2"):
         agreement_of(Vectors(0), rows[:2], tokenizer)

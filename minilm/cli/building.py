@@ -6,21 +6,23 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilm.cli.arguments import Arguments
+from minilm.cli.arguments import Arguments, own_arguments
 from minilm.cli.flags import ModelArguments, ObjectiveArguments
 from minilm.errors import UsageError
 from minilm.models.continued import load_student
+from minilm.models.embeddings import SentenceFiles
 from minilm.models.heads import check_output
 from minilm.models.probes import check_no_films, probe_inputs
 from minilm.models.students import build_student
+from minilm.objectives.embedding import sentence_embedding
 from minilm.objectives.masking import Masking
 from minilm.objectives.parsing import parse_layer_map, parse_relations
 from minilm.objectives.systems import SYSTEMS, own_defaults, with_soft_labels
-from minilm.objectives.term import Objective
+from minilm.objectives.term import Objective, Term
 
 PARSED = {"relations": parse_relations, "layer_map": parse_layer_map}
 # Flags of terms that go with every system, unless it has such a term of its own.
-_OF_ALL = ("objective", "output_weight", "output_temperature")
+_OF_ALL = ("objective", "output_weight", "output_temperature", "embedding_weight", "embedding_loss", "pooling")
 _OF_MASKING = ("mlm_probability", "whole_word_masking")
 
 
@@ -44,8 +46,13 @@ def masking(arguments: Arguments, tokenizer: Any) -> Masking | None:
     )
 
 
-def student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, Objective]:
+def student_and_objective(
+    arguments: Arguments, teacher: PreTrainedModel, sentences: SentenceFiles | None = None
+) -> tuple[PreTrainedModel, Objective]:
     """The student on its device, and the objective, tried once on both models.
+
+    Args:
+        sentences: the teacher's sentence-transformers files.
 
     Raises `ValueError` for a student that cannot be built, and for an objective that the models cannot have.
     """
@@ -59,9 +66,37 @@ def student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tup
     teacher.to(training.device)  # type: ignore[arg-type]
     student.to(training.device)  # type: ignore[arg-type]
     terms = SYSTEMS[objective.objective].terms(teacher, student, **options)
+    terms += _embedding(arguments, teacher, student, sentences)
     whole = with_soft_labels(terms, student, objective.output_weight, objective.output_temperature)
     whole.to(training.device).probe(teacher, student)
     return student, whole
+
+
+def _embedding(
+    arguments: Arguments, teacher: PreTrainedModel, student: PreTrainedModel, sentences: SentenceFiles | None
+) -> list[Term]:
+    """The term of the sentence embedding where it has a weight; raises `ValueError` for its flags where it has none."""
+    objective = arguments.objective
+    weight = objective.embedding_weight
+    if weight is None:
+        weight = SYSTEMS[objective.objective].embedding_weight
+    if not weight:
+        defaults = {"student_embedding_dim": None, "pooling": "auto", "embedding_loss": "cosine"}
+        for name, value in own_arguments(arguments).items():
+            if value != defaults.get(name, value):
+                raise UsageError(f"--{name} {value} is given and --embedding_weight is {weight:g}: give it a weight")
+        return []
+    return [
+        sentence_embedding(
+            teacher,
+            student,
+            sentences,
+            pooling=None if objective.pooling == "auto" else objective.pooling,
+            student_embedding_dim=arguments.model.student_embedding_dim,
+            loss=objective.embedding_loss,
+            weight=weight,
+        )
+    ]
 
 
 def _student(arguments: Arguments, teacher: PreTrainedModel) -> PreTrainedModel:

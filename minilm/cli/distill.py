@@ -4,7 +4,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +31,11 @@ from minilm.models.batches import check_packable
 from minilm.models.embeddings import MEAN, SentenceFiles, sentence_files
 from minilm.models.heads import has_vocabulary_head
 from minilm.models.probes import base_of
+from minilm.models.sentence_modules import SentenceHead, read_head
 from minilm.models.speed import measure_speed
 from minilm.models.students import count_parameters
 from minilm.models.teachers import auto_class, check_length, quiet, read_teacher
+from minilm.objectives.embedding import embedding_of
 from minilm.objectives.term import Objective
 from minilm.training.arguments import check_arguments
 from minilm.training.checkpoints import CheckpointError
@@ -125,7 +127,7 @@ def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
     teacher, processor, saved_processor = read_teacher(name, head=needs_head(arguments))
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student"):
-        student, objective = student_and_objective(arguments, teacher)
+        student, objective = student_and_objective(arguments, teacher, sentences)
     if next_run is not None:
         with tried("cannot build the student"):
             student_and_objective(next_run, student)
@@ -160,18 +162,19 @@ def _known(
     """The metrics that are known before training."""
     objective, training = models.objective, arguments.training
     teacher, student, sentences = models.teacher, models.student, models.sentences
+    embedding = embedding_of(objective)
+    pooling = embedding.teacher_head.pooling if embedding else sentences.pooling if sentences else MEAN
     at_once = training.train_batch_size * training.world_size
     device = training.device
     return {
         "objective": arguments.objective.objective,
         **objective.identity,
-        "output_weight": arguments.objective.output_weight,
         "parts": objective.parts,
         "auto_class": auto_class(student).__name__,
         "learns_the_end": objective.learns_the_end,
         "serves": objective.learns_the_end or serves(models.name, trainer),
-        "pooling": list(sentences.pooling if sentences else MEAN),
-        "sentence_files": sentences is not None and _same_width(teacher, student),
+        "pooling": list(pooling),
+        "sentence_files": embedding is not None or (sentences is not None and _same_width(teacher, student)),
         "is_assistants": arguments.in_assistant_chain,
         "processor": "tokenizer" if isinstance(models.processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer,
@@ -197,15 +200,19 @@ def train(run: Run) -> str | None:
 
 def _train(run: Run) -> str | None:
     trainer, args = run.trainer, run.trainer.args
-    agreement = _agreement(trainer, run.metrics["pooling"]) if args.should_save else None
-    untrained = agreement.similarities(base_of(trainer.student)) if agreement else None
+    embedding = embedding_of(trainer.terms)
+    pooled = SentenceHead(run.metrics["pooling"])
+    heads = (embedding.teacher_head, embedding.student_head) if embedding else (pooled, pooled)
+    agreement = _agreement(trainer, heads[0]) if args.should_save else None
+    untrained = agreement.similarities(base_of(trainer.student), heads[1]) if agreement else None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if trainer.stopped_by is not None:
         trainer.end()
         return None
     seconds = time.perf_counter() - start
-    sentences = run.sentences if run.metrics["sentence_files"] else None
+    # The embedding's term has files of its own, which the trainer writes.
+    sentences = run.sentences if run.metrics["sentence_files"] and not embedding else None
     trainer.save_student(sentences.copy_to if sentences else lambda folder: None)
     if args.load_best_model_at_end or _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
@@ -250,7 +257,9 @@ def _report(run: Run, agreement: Agreement | None, untrained: Any, batches: list
     }
     metrics["agreement"] = None
     if agreement and untrained is not None:
-        trained = agreement.similarities(student)
+        own = sentence_files(str(output)) if embedding_of(trainer.terms) else None
+        head = read_head(own) if own else SentenceHead(metrics["pooling"])
+        trained = agreement.similarities(student, head)
         metrics["agreement"] = {
             "texts": len(agreement.rows),
             "neighbours": agreement.neighbours,
@@ -273,13 +282,13 @@ def dry_run(arguments: Arguments, next_run: Arguments | None = None) -> str:
             return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])
 
 
-def _agreement(trainer: DistillationTrainer, pooling: Sequence[str]) -> Agreement | None:
+def _agreement(trainer: DistillationTrainer, head: SentenceHead) -> Agreement | None:
     """Of a text model with texts enough."""
     heldout: Any = trainer.eval_dataset
     collate: Any = trainer.data_collator
     if not isinstance(trainer.processing_class, PreTrainedTokenizerBase) or len(heldout) < FEWEST_TEXTS:
         return None
-    return Agreement(base_of(trainer.teacher), heldout, collate, trainer.args.per_device_eval_batch_size, pooling)
+    return Agreement(base_of(trainer.teacher), heldout, collate, trainer.args.per_device_eval_batch_size, head)
 
 
 def _same_width(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:

@@ -43,6 +43,14 @@ class ModelArguments:
         default=None,
         metadata=_about("Feed-forward size (default: in the teacher's ratio to the hidden size).", "F"),
     )
+    student_embedding_dim: int | None = field(
+        default=None,
+        metadata=_about(
+            "Numbers in the student's sentence vectors, with --embedding_weight (default: the teacher's). With the "
+            "student's own width no dense layer is saved.",
+            "E",
+        ),
+    )
     student_init: Literal["auto", "random", "layers", "slice", "pca"] = field(
         default="auto",
         metadata=_about(
@@ -111,12 +119,12 @@ class ObjectiveArguments:
 
     _argument_group_name = "objective"
 
-    objective: Literal["minilm", "minilm-v2", "mlm-kd", "distilbert"] = field(
+    objective: Literal["minilm", "minilm-v2", "mlm-kd", "distilbert", "embedding"] = field(
         default="minilm",
         metadata=_about(
             "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm-kd: the teacher's logits "
             "of masked tokens; distilbert: its logits of all tokens, the masked LM's loss and the cosine of the last "
-            "hidden states."
+            "hidden states; embedding: the vectors of sentences alone."
         ),
     )
     relations: str | None = field(
@@ -149,6 +157,20 @@ class ObjectiveArguments:
     )
     output_temperature: float = field(
         default=1.0, metadata=_about("Divides the logits of both models in the output loss (of distilbert: 2).", "T")
+    )
+    embedding_weight: float | None = field(
+        default=None,
+        metadata=_about(
+            "Weight of the loss of the sentence vectors beside the objective's own (default: 0; of --objective "
+            "embedding 1). They are made as the teacher's sentence-transformers files say, or by mean pooling.",
+            "W",
+        ),
+    )
+    embedding_loss: Literal["cosine", "mse"] = field(
+        default="cosine", metadata=_about("Distance of the vectors: 1 - cosine, or the mean squared difference.")
+    )
+    pooling: Literal["auto", "cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] = field(
+        default="auto", metadata=_about("How hidden states become a vector, instead of as the teacher's files say.")
     )
     mlm_probability: float = field(
         default=0.15, metadata=_about("Of a token to be masked, where both models read masked text.", "P")

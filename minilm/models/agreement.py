@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from minilm.errors import UsageError
-from minilm.models.embeddings import pool
+from minilm.models.sentence_modules import SentenceHead
 
 TEXTS = 256  # 32,640 pairs: the correlation to two digits, in seconds
 NEIGHBOURS, FEWEST_TEXTS = 10, 3
@@ -38,34 +38,34 @@ class Agreement:
         rows: the texts, tokenised; the first TEXTS of them are taken.
         collate: makes of some of them the models' inputs, padded, with attention_mask (B, N).
         batch_size: texts in one forward.
-        pooling: names of `minilm.models.embeddings.POOLINGS`.
+        head: makes the teacher's vectors.
 
     Raises:
         ValueError: fewer than three texts, of which there is no correlation.
     """
 
     def __init__(
-        self, teacher: nn.Module, rows: Rows, collate: Callable[[Rows], Any], batch_size: int, pooling: Sequence[str]
+        self, teacher: nn.Module, rows: Rows, collate: Callable[[Rows], Any], batch_size: int, head: SentenceHead
     ) -> None:
         if len(rows) < FEWEST_TEXTS:
             raise UsageError(f"agreement needs {FEWEST_TEXTS} texts, got {len(rows)}")
         self.rows = [rows[index] for index in range(min(TEXTS, len(rows)))]
         self.neighbours = min(NEIGHBOURS, len(self.rows) - 2)  # of all others there would be no choice
         self._by_length = sorted(range(len(self.rows)), key=lambda index: len(self.rows[index]["input_ids"]))
-        self._collate, self._batch_size, self._pooling = collate, batch_size, pooling
-        self._teacher = self.similarities(teacher)
+        self._collate, self._batch_size = collate, batch_size
+        self._teacher = self.similarities(teacher, head)
 
-    def similarities(self, model: nn.Module) -> Tensor:
-        """(T, T) float32 on the CPU: cosines of a base model's vectors."""
+    def similarities(self, model: nn.Module, head: SentenceHead) -> Tensor:
+        """(T, T) float32 on the CPU: cosines of a base model's vectors, as `head` makes them."""
         device, training = next(model.parameters()).device, model.training
         model.eval()
+        head.to(device)
         vectors: list[Tensor] = []
         with torch.inference_mode():
             for start in range(0, len(self.rows), self._batch_size):
                 batch = self._collate([self.rows[i] for i in self._by_length[start : start + self._batch_size]])
                 inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-                hidden = model(**inputs).last_hidden_state
-                vectors += pool(hidden, inputs["attention_mask"], self._pooling).cpu()
+                vectors += head(model(**inputs).last_hidden_state, inputs).cpu()
         model.train(training)
         unit = functional.normalize(torch.stack(vectors)[np.argsort(self._by_length)], dim=1)
         return unit @ unit.mT

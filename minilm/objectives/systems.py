@@ -29,6 +29,7 @@ class System(NamedTuple):
     terms: Callable[..., list[Term]]  # (teacher, student, **options), the options under the names of their flags
     head: bool = False  # whether both models come with their heads
     masked: bool = False  # whether both see texts with masked tokens
+    embedding_weight: float = 0.0  # of the sentence embedding beside the terms, where no flag says otherwise
 
 
 def minilm(
@@ -117,11 +118,17 @@ def distilbert(teacher: PreTrainedModel, student: PreTrainedModel, *, output_tem
     return [SoftLabels("tokens", 5.0, output_temperature), MaskedLM(2.0), HiddenCosine(1.0)]
 
 
+def embedding(teacher: PreTrainedModel, student: PreTrainedModel) -> list[Term]:
+    """The sentence embedding alone (Reimers and Gurevych, arXiv 2004.09813, section 2)."""
+    return []
+
+
 SYSTEMS: dict[str, System] = {
     "minilm": System(minilm),
     "minilm-v2": System(minilm_v2),
     "mlm-kd": System(mlm_kd, head=True, masked=True),
     "distilbert": System(distilbert, head=True, masked=True),
+    "embedding": System(embedding, embedding_weight=1.0),
 }
 
 

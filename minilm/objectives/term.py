@@ -8,6 +8,7 @@ ranks, so each share is multiplied by W.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -28,7 +29,8 @@ LOSS = "loss"  # the sum, among the parts' names
 
 
 class Term(nn.Module):
-    """A loss between two models. Its parameters are trained and checkpointed beside the student, never exported.
+    """A loss between two models. Its parameters are trained and checkpointed beside the student, and no part of it
+    unless `export` makes some so.
 
     A subclass sets:
         unit: what its loss is the mean over.
@@ -55,6 +57,13 @@ class Term(nn.Module):
             batch: the student's inputs; its attention_mask (B, N) is of the student's tokens.
         """
         raise NotImplementedError
+
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Writes into the student's folder what of the term belongs to the student: by default nothing.
+
+        Args:
+            state: the term's, gathered from shards.
+        """
 
 
 class Objective(nn.ModuleList):
@@ -127,6 +136,11 @@ class Objective(nn.ModuleList):
             outputs |= parts
         return outputs
 
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Writes into the student's folder what of the terms belongs to the student; `state` is the objective's."""
+        for index, term in enumerate(self):
+            term.export(folder, inside(f"{index}.", state))
+
     def probe(self, teacher: PreTrainedModel, student: PreTrainedModel) -> Tensor:
         """The loss on the shortest input, in eval mode, on which all that the terms need is tried.
 
@@ -151,6 +165,11 @@ class Objective(nn.ModuleList):
         layers = resolve_needs(student, self.student)
         highest = num_layers(student) if self.learns_the_end else max(*layers.qkv, *layers.hidden, 0, 0)
         return freeze_unreached(student, loss, highest)
+
+
+def inside(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state dict what begins with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _union(needs: Iterable[Needs]) -> Needs:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
-from minilm.objectives.term import Objective
+from minilm.objectives.term import Objective, inside
 from minilm.training.checkpoints import CheckpointingTrainer
 
 OBJECTIVE = "objective.pt"  # in a checkpoint of an objective whose terms have parameters or buffers
@@ -40,11 +40,12 @@ class SavingTrainer(CheckpointingTrainer):
         folder = output_dir or str(self.args.output_dir)
         of_objective = self.terms.state_dict()
         if state_dict is not None:  # gathered from shards, under the wrapper's names
-            of_objective = _inside("objective.", state_dict)
-            state_dict = _inside("student.", state_dict)
+            of_objective = inside("objective.", state_dict)
+            state_dict = inside("student.", state_dict)
         self.student.save_pretrained(folder, state_dict=state_dict)
         if self._saved_processor is not None:
             self._saved_processor.save_pretrained(folder)
+        self.terms.export(Path(folder), of_objective)
         if of_objective and self._saving:
             torch.save(of_objective, Path(folder, OBJECTIVE))
 
@@ -76,7 +77,3 @@ class SavingTrainer(CheckpointingTrainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-def _inside(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
