@@ -51,6 +51,14 @@ class ModelArguments:
             "E",
         ),
     )
+    student_vocabulary: int | None = field(
+        default=None,
+        metadata=_about(
+            "Tokens of the student: the N that the training text uses most (of a stream its first 100,000 texts), and "
+            "beyond N the special ones, single letters and what the merges of BPE need (default: the teacher's).",
+            "N",
+        ),
+    )
     student_init: Literal["auto", "random", "layers", "slice", "pca"] = field(
         default="auto",
         metadata=_about(

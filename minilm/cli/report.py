@@ -198,7 +198,14 @@ def _what_was_done(metrics: Metrics) -> str:
 def _data(data: Metrics) -> str:
     count = f"{data['train_sequences']:,} {data['unit']} of " if data["train_sequences"] else "a stream of "
     length = f", up to {data['max_length']} tokens" if data["max_length"] else ""
-    return f"{count}{data['name']}, {data['heldout_sequences']:,} more held out{length}"
+    return f"{count}{data['name']}, {data['heldout_sequences']:,} more held out{length}{_vocabulary(data)}"
+
+
+def _vocabulary(data: Metrics) -> str:
+    if "vocabulary" not in data:
+        return ""
+    kept, whole, share = (data["vocabulary"][name] for name in ("kept", "of", "share"))
+    return f"; {kept:,} of the teacher's {whole:,} tokens, which {share:.1%} of the text's are"
 
 
 def _files(data: Metrics) -> str:
