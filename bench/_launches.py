@@ -41,6 +41,7 @@ def make_relations(
         [] if is_self else [student[y] for _, y in index],
         *masks,
         weight=1.0 / length,
+        relation_weights=[1.0] * len(index),
         scale_t=teacher[0].shape[3] ** -0.5,
         scale_s=d_s**-0.5,
         symmetric=True,
@@ -70,9 +71,9 @@ def make_launch(kernel: str, relations: Relations, architecture: int, shape: Til
         return row_launch(relations, kind, lse_t, lse_s, [], shape)
     if kernel == "rows":
         return row_launch(relations, kind, lse_t, lse_s, dx, shape)
-    grad, weights = numbers(), [1.0] * kind.shape[0]
+    grad = numbers()
     if kernel == "keys":
-        return key_launch(relations, kind, lse_t, lse_s, grad, weights, dx, dy, shape)
+        return key_launch(relations, kind, lse_t, lse_s, grad, dx, dy, shape)
     assert kernel == "self"
     bases, factors = ([numbers(*sizes) for _ in range(2)] for sizes in (kind.shape[:3], kind.shape))
-    return self_launch(relations, kind, lse_t, lse_s, bases, factors, grad, weights, dx, shape)
+    return self_launch(relations, kind, lse_t, lse_s, bases, factors, grad, dx, shape)

@@ -18,14 +18,15 @@ from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_a
 from minilm_kernels._triton._plan import Kind, Tiles, swept
 from minilm_kernels._triton._steps import (
     head_pointer,
+    is_allowed,
     is_token,
-    load_all_lse,
+    load,
     load_lse,
-    load_tile,
     load_tokens,
     partners,
     pick,
     probability,
+    products,
     program,
     scores,
     store_tokens,
@@ -76,33 +77,15 @@ def key_sweep(
     sums = tl.zeros([BLOCK_N, DIM_S], tl.float32)
 
     for m in range(start, full, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        tile_t = load_tile(x_t, row_t, m, D_T, DIM_T, BLOCK_M)
-        tile_s = load_tile(x_s, row_s, m, D_S, DIM_S, BLOCK_M)
-        t = scores(tl.dot(key_t, tile_t.T, input_precision=PRECISION), scales[0], None, lse_t)
-        s = scores(tl.dot(key_s, tile_s.T, input_precision=PRECISION), scales[1], None, lse_s)
-        high_t, low_t = load_all_lse(lse_t, at + offs_m)
-        high_s, low_s = load_all_lse(lse_s, at + offs_m)
-        g = probability(s, scales[1], lse_s, high_s, low_s, 0)
-        g -= probability(t, scales[0], lse_t, high_t, low_t, 0)
-        if not SUMS:
-            g *= tl.load(grad + at + offs_m)[None, :]
-        sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
+        t, s, tile_s = products(key_t, key_s, x_t, x_s, row_t, row_s, m, None, D_T, D_S, PRECISION, BLOCK_M)
+        at_m = at + (m + tl.arange(0, BLOCK_M))
+        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, None, None, SUMS, PRECISION)
     for m in range(full, last, TAIL):
-        offs_m = m + tl.arange(0, TAIL)
         row = is_token(bounds, holes, batch, m, last, B, N, TAIL)
-        tile_t = load_tokens(x_t, row_t, m, row, D_T, DIM_T, TAIL)
-        tile_s = load_tokens(x_s, row_s, m, row, D_S, DIM_S, TAIL)
-        allowed = row[None, :] & (offs_m[None, :] >= first[:, None]) & (offs_m[None, :] < end[:, None])
-        t = scores(tl.dot(key_t, tile_t.T, input_precision=PRECISION), scales[0], allowed, lse_t)
-        s = scores(tl.dot(key_s, tile_s.T, input_precision=PRECISION), scales[1], allowed, lse_s)
-        high_t, low_t = load_lse(lse_t, at + offs_m, row)
-        high_s, low_s = load_lse(lse_s, at + offs_m, row)
-        g = probability(s, scales[1], lse_s, high_s, low_s, 0)
-        g -= probability(t, scales[0], lse_t, high_t, low_t, 0)
-        if not SUMS:
-            g *= tl.load(grad + at + offs_m, mask=row, other=0.0)[None, :]
-        sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
+        t, s, tile_s = products(key_t, key_s, x_t, x_s, row_t, row_s, m, row, D_T, D_S, PRECISION, TAIL)
+        allowed = is_allowed(row, m, first, end, TAIL)
+        at_m = at + (m + tl.arange(0, TAIL))
+        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, row, allowed, SUMS, PRECISION)
 
     sums *= scales[2]
     weight = weight_of(row_weight, scales[3], batch, n, inside, BLOCK_N)
@@ -124,13 +107,27 @@ def key_sweep(
     store_tokens(dx, gradient_pointer, n, gradient, inside, D_S, DIM_S, BLOCK_N)
 
 
+@triton.jit
+def _add_rows(
+    sums, t, s, tile_s, lse_t, lse_s, grad, scales, at, row, allowed, SUMS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The sums after one more tile of products; row and allowed are None where all keys see all rows of the tile."""
+    t, s = scores(t, scales[0], allowed, lse_t), scores(s, scales[1], allowed, lse_s)
+    high_t, low_t = load_lse(lse_t, at, row)
+    high_s, low_s = load_lse(lse_s, at, row)
+    g = probability(s, scales[1], lse_s, high_s, low_s, 0)
+    g -= probability(t, scales[0], lse_t, high_t, low_t, 0)
+    if not SUMS:
+        g *= load(grad + at, row)[None, :]
+    return tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
+
+
 def key_launch(
     relations: Relations,
     kind: Kind,
     lse_t: Tensor,
     lse_s: Tensor,
     grad: Tensor,
-    relation_weights: list[float],
     dx: list[Tensor],
     dy: list[Tensor],
     shape: Tiles,
@@ -151,7 +148,7 @@ def key_launch(
         "lse_s": lse_argument(lse_s),
         "grad": grad,
         "unit": unit,
-        "relation_weights": tuple(relation_weights),
+        "relation_weights": tuple(relations.relation_weights),
         "dx": group(dx),
         "dy": group(dy),
         "SUMS": kind.sums,

@@ -30,11 +30,12 @@ from minilm_kernels._triton._steps import (
     FLOOR,
     LN2,
     head_pointer,
+    is_allowed,
     is_token,
-    load_tile,
     load_tokens,
     log2_ratio,
     partners,
+    products,
     program,
     store_lse,
     store_tokens,
@@ -93,10 +94,7 @@ def row_sweep(
     ratio = tl.zeros([BLOCK_M], tl.float32)
 
     for n in range(start, full, BLOCK_N):
-        tile_t = load_tile(y_t, key_t, n, D_T, DIM_T, BLOCK_N)
-        tile_s = load_tile(y_s, key_s, n, D_S, DIM_S, BLOCK_N)
-        t = tl.dot(query_t, tile_t.T, input_precision=PRECISION)
-        s = tl.dot(query_s, tile_s.T, input_precision=PRECISION)
+        t, s, tile_s = products(query_t, query_s, y_t, y_s, key_t, key_s, n, None, D_T, D_S, PRECISION, BLOCK_N)
         if OWN:
             l_t, l_s, a, o_t, o_d, ratio = _update(
                 m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION
@@ -112,13 +110,10 @@ def row_sweep(
         l_t, l_s, a = tl.where(within, l_t, 0.0), tl.where(within, l_s, 0.0), tl.where(within, a, 0.0)
         o_t, o_d, ratio = tl.where(within, o_t, 0.0), tl.where(within, o_d, 0.0), tl.where(within, ratio, 0.0)
     for n in range(full, last, TAIL):
-        offs_n = n + tl.arange(0, TAIL)
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
-        tile_t = load_tokens(y_t, key_t, n, key, D_T, DIM_T, TAIL)
-        tile_s = load_tokens(y_s, key_s, n, key, D_S, DIM_S, TAIL)
-        allowed = key[None, :] & (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
-        t = tl.where(allowed, tl.dot(query_t, tile_t.T, input_precision=PRECISION), FLOOR)
-        s = tl.where(allowed, tl.dot(query_s, tile_s.T, input_precision=PRECISION), FLOOR)
+        t, s, tile_s = products(query_t, query_s, y_t, y_s, key_t, key_s, n, key, D_T, D_S, PRECISION, TAIL)
+        allowed = is_allowed(key, n, first, end, TAIL)
+        t, s = tl.where(allowed, t, FLOOR), tl.where(allowed, s, FLOOR)
         m_t, m_s, l_t, l_s, a, o_t, o_d, ratio = _online_update(
             m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse_t, dx, PRECISION
         )
@@ -154,9 +149,7 @@ def _update(m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PR
     p, q = tl.exp2(t), tl.exp2(s)
     l_t, l_s, a = l_t + tl.sum(p, 1), l_s + tl.sum(q, 1), a + tl.sum(p * (t - s), 1)
     if dx is not None:
-        new = _ratio(l_s, l_t)
-        o_t, o_d = _weighted(o_t, o_d + o_t * (ratio - new)[:, None], p, q, new, tile_s, PRECISION)
-        ratio = new
+        o_t, o_d, ratio = _weighted(o_t, o_d, ratio, l_t, l_s, p, q, None, None, tile_s, PRECISION)
     return l_t, l_s, a, o_t, o_d, ratio
 
 
@@ -179,10 +172,7 @@ def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s,
     l_t = l_t * shrink_t + tl.sum(p, 1)
     l_s = l_s * shrink_s + tl.sum(q, 1)
     if dx is not None:
-        new = _ratio(l_s, l_t)
-        o_d = o_d * shrink_s[:, None] + o_t * (ratio * shrink_s - new * shrink_t)[:, None]
-        o_t, o_d = _weighted(o_t * shrink_t[:, None], o_d, p, q, new, tile_s, PRECISION)
-        ratio = new
+        o_t, o_d, ratio = _weighted(o_t, o_d, ratio, l_t, l_s, p, q, shrink_t, shrink_s, tile_s, PRECISION)
     return new_t, new_s, l_t, l_s, a, o_t, o_d, ratio
 
 
@@ -193,10 +183,16 @@ def _ratio(l_s, l_t):
 
 
 @triton.jit
-def _weighted(o_t, o_d, p, q, ratio, tile_s, PRECISION: tl.constexpr):
-    """The two weighted sums after one more tile."""
-    o_d = tl.dot((q - ratio[:, None] * p).to(tile_s.dtype), tile_s, o_d, input_precision=PRECISION)
-    return tl.dot(p.to(tile_s.dtype), tile_s, o_t, input_precision=PRECISION), o_d
+def _weighted(o_t, o_d, ratio, l_t, l_s, p, q, shrink_t, shrink_s, tile_s, PRECISION: tl.constexpr):
+    """The two weighted sums and the ratio after one more tile; shrink None: the references stayed."""
+    new = _ratio(l_s, l_t)
+    if shrink_t is None:
+        o_d += o_t * (ratio - new)[:, None]
+    else:
+        o_d = o_d * shrink_s[:, None] + o_t * (ratio * shrink_s - new * shrink_t)[:, None]
+        o_t *= shrink_t[:, None]
+    o_d = tl.dot((q - new[:, None] * p).to(tile_s.dtype), tile_s, o_d, input_precision=PRECISION)
+    return tl.dot(p.to(tile_s.dtype), tile_s, o_t, input_precision=PRECISION), o_d, new
 
 
 def row_launch(

@@ -23,13 +23,14 @@ from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_a
 from minilm_kernels._triton._plan import Kind, Tiles, swept
 from minilm_kernels._triton._steps import (
     head_pointer,
+    is_allowed,
     is_token,
     load_lse,
-    load_tile,
     load_tokens,
     partners,
     pick,
     probability,
+    products,
     program,
     scores,
     store_tokens,
@@ -117,10 +118,8 @@ def self_sweep(
 
     for n in range(start, full, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        tile_t = load_tile(x_t, base_t, n, D_T, DIM_T, BLOCK_N)
-        tile_s = load_tile(x_s, base_s, n, D_S, DIM_S, BLOCK_N)
-        t = scores(tl.dot(query_t, tile_t.T, input_precision=PRECISION), scales[0], None, lse_t)
-        s = scores(tl.dot(query_s, tile_s.T, input_precision=PRECISION), scales[1], None, lse_s)
+        t, s, tile_s = products(query_t, query_s, x_t, x_s, base_t, base_s, n, None, D_T, D_S, PRECISION, BLOCK_N)
+        t, s = scores(t, scales[0], None, lse_t), scores(s, scales[1], None, lse_s)
         b_t, b_s = tl.load(factors[0] + at + offs_n), tl.load(factors[1] + at + offs_n)
         g = probability(s, scales[1], lse_s, own_s, low_s, 1) * (1.0 + a_s[:, None] * b_s[None, :])
         g -= probability(t, scales[0], lse_t, own_t, low_t, 1) * (1.0 + a_t[:, None] * b_t[None, :])
@@ -128,11 +127,9 @@ def self_sweep(
     for n in range(full, last, TAIL):
         offs_n = n + tl.arange(0, TAIL)
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
-        tile_t = load_tokens(x_t, base_t, n, key, D_T, DIM_T, TAIL)
-        tile_s = load_tokens(x_s, base_s, n, key, D_S, DIM_S, TAIL)
-        allowed = key[None, :] & (offs_n[None, :] >= first[:, None]) & (offs_n[None, :] < end[:, None])
-        t = scores(tl.dot(query_t, tile_t.T, input_precision=PRECISION), scales[0], allowed, lse_t)
-        s = scores(tl.dot(query_s, tile_s.T, input_precision=PRECISION), scales[1], allowed, lse_s)
+        t, s, tile_s = products(query_t, query_s, x_t, x_s, base_t, base_s, n, key, D_T, D_S, PRECISION, TAIL)
+        allowed = is_allowed(key, n, first, end, TAIL)
+        t, s = scores(t, scales[0], allowed, lse_t), scores(s, scales[1], allowed, lse_s)
         key_t, key_low_t = load_lse(lse_t, at + offs_n, key)
         key_s, key_low_s = load_lse(lse_s, at + offs_n, key)
         g = probability(s, scales[1], lse_s, own_s, low_s, 1)
@@ -174,7 +171,6 @@ def self_launch(
     bases: list[Tensor],
     factors: list[Tensor],
     grad: Tensor,
-    relation_weights: list[float],
     dx: list[Tensor],
     shape: Tiles,
 ) -> Launch:
@@ -189,7 +185,7 @@ def self_launch(
         "bases": tuple(bases),
         "factors": tuple(factors),
         "grad": grad,
-        "relation_weights": tuple(relation_weights),
+        "relation_weights": tuple(relations.relation_weights),
         "dx": group(dx),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

@@ -53,20 +53,18 @@ def tile_pointers(x, base, start, BLOCK: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, base, start, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """All BLOCK tokens from `start` on."""
-    pointers = tile_pointers(x, base, start, BLOCK, DIM)
-    if D == DIM:
-        return _for_dot(tl.load(pointers))
-    else:
-        return _for_dot(tl.load(pointers, mask=(tl.arange(0, DIM) < D)[None, :], other=0.0))
-
-
-@triton.jit
 def load_tokens(x, base, start, token, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens from `start` on where `token`, zeros elsewhere: what stands behind a mask is never read."""
+    """The tokens from `start` on where `token` (None: all), else zeros: what stands behind a mask is never read."""
     pointers = tile_pointers(x, base, start, BLOCK, DIM)
-    return _for_dot(tl.load(pointers, mask=token[:, None] & (tl.arange(0, DIM) < D)[None, :], other=0.0))
+    if token is not None:
+        tile = tl.load(pointers, mask=token[:, None] & (tl.arange(0, DIM) < D)[None, :], other=0.0)
+    elif D == DIM:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(tl.arange(0, DIM) < D)[None, :], other=0.0)
+    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16, but float32 rightly
+        tile = tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
@@ -74,15 +72,6 @@ def store_tokens(x, base, start, values, inside, D: tl.constexpr, DIM: tl.conste
     pointers = tile_pointers(x, base, start, BLOCK, DIM)
     mask = inside[:, None] & (tl.arange(0, DIM) < D)[None, :]
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _for_dot(tile):
-    """The interpreter multiplies the bit patterns of bfloat16; there every tile is float32."""
-    if INTERPRETED:
-        return tile.to(tl.float32)
-    else:
-        return tile
 
 
 @triton.jit
@@ -135,6 +124,29 @@ def is_token(bounds, holes, batch, start, end, B, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def is_allowed(token, start, first, end, BLOCK: tl.constexpr):
+    """Which of the tokens from `start` on are tokens, and within each interval first..end: a row for each interval."""
+    offs = start + tl.arange(0, BLOCK)
+    return token[None, :] & (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
+
+
+@triton.jit
+def products(
+    own_t, own_s, x_t, x_s, base_t, base_s, start, token, D_T: tl.constexpr, D_S: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Products of a program's own tokens with a tile of others from `start` on, and that tile of the student.
+
+    Zeros stand for the others where not `token` (None: nowhere).
+    """
+    tile_t = load_tokens(x_t, base_t, start, token, D_T, own_t.shape[1], BLOCK)
+    tile_s = load_tokens(x_s, base_s, start, token, D_S, own_s.shape[1], BLOCK)
+    t = tl.dot(own_t, tile_t.T, input_precision=PRECISION)
+    s = tl.dot(own_s, tile_s.T, input_precision=PRECISION)
+    return t, s, tile_s
+
+
+@triton.jit
 def weight_of(row_weight, weight, batch, start, inside, BLOCK: tl.constexpr):
     """Weight of the rows from `start` on; row_weight is None or (pointer, stride of batch, stride of tokens)."""
     if row_weight is None:
@@ -169,21 +181,24 @@ def store_lse(lse, offs, token, inside, m, total):
 
 @triton.jit
 def load_lse(lse, offs, token):
-    """The two parts of the logarithms of softmax sums; the second is 0 where they are stored as one number."""
-    high = tl.load(lse[0] + offs, mask=token, other=0.0)
+    """The two parts of the logarithms of softmax sums, where `token` (None: all).
+
+    The second is 0 where they are stored as one number.
+    """
+    high = load(lse[0] + offs, token)
     if len(lse) == 1:
         return high, tl.zeros_like(high)
     else:
-        return high, tl.load(lse[1] + offs, mask=token, other=0.0)
+        return high, load(lse[1] + offs, token)
 
 
 @triton.jit
-def load_all_lse(lse, offs):
-    high = tl.load(lse[0] + offs)
-    if len(lse) == 1:
-        return high, tl.zeros_like(high)
+def load(pointers, token):
+    """What the pointers show where `token` (None: everywhere), zeros elsewhere."""
+    if token is None:
+        return tl.load(pointers)
     else:
-        return high, tl.load(lse[1] + offs)
+        return tl.load(pointers, mask=token, other=0.0)
 
 
 @triton.jit
