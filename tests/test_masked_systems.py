@@ -162,9 +162,10 @@ def test_the_softmax_is_taken_once(system: str) -> None:
     with torch.no_grad():
         for model in (teacher, student):
             model.get_output_embeddings().weight.mul_(8)  # sure of what they say, and not of one mind
-        mine = outputs(system, teacher, student, batch())["output"]
+        mine, once = (f(system, teacher, student, batch())["output"] for f in (outputs, formula))
         inputs = {name: x for name, x in batch().items() if name != "labels"}
         probabilities = [model(**inputs).logits.softmax(-1) for model in (teacher, student)]
+    assert mine.item() == pytest.approx(once.item(), rel=1e-4)
     assert mine > 1
     assert kl(*probabilities, 1.0, batch()["attention_mask"] == 1) < 0.1
 
@@ -177,13 +178,15 @@ def test_the_cosine_of_nan_behind_the_mask_and_of_no_token() -> None:
     theirs, mine = (torch.randn(2, 4, 6, generator=draw) for _ in range(2))
     expected = 3 * (1 - cosine_similarity(theirs.double(), mine.double(), dim=-1)[mask == 1]).mean()
     theirs[mask == 0] = mine[mask == 0] = torch.nan
-    mine.requires_grad_()
+    for x in (theirs, mine):
+        x.requires_grad_()
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         of_teacher, of_student = (nothing._replace(final=x.to(dtype)) for x in (theirs, mine))
         loss, parts = term(of_teacher, of_student, {"attention_mask": mask})
         assert (loss.dtype, list(parts)) == (torch.float32, ["cosine"])
         assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-        (gradient,) = torch.autograd.grad(loss, mine)
+        gradient, of_teachers = torch.autograd.grad(loss, (mine, theirs), allow_unused=True)
+        assert of_teachers is None
         assert gradient.isfinite().all()
         assert not gradient[mask == 0].any()
     loss, _ = term(of_teacher, of_student, {"attention_mask": torch.zeros_like(mask)})
