@@ -151,6 +151,7 @@ def test_rows_of_several_sentences_are_taken_apart() -> None:
         (16, 8, (16, 8), (8, 32)),
         (16, 32, (16, 32), None),
         (32, 32, None, None),
+        (32, 16, (32, 16), (16, 32)),
     ],
 )
 def test_what_is_learnt_beside_the_student(
