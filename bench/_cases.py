@@ -19,8 +19,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 GPU_LENGTHS = (128, 512, 2048, 8192)
 GPU_TOKENS = 16384  # in a batch, whatever its length
-QUICK_LENGTHS = (512, 2048)
-QUICK_CPU_LENGTHS = (128, 512)
+TWO_LENGTHS = (512, 2048)  # of a quick run, and of dtypes beside bf16
+TWO_CPU_LENGTHS = (128, 512)
 # name: {N: B}; small enough for all of it to take less than two minutes on two cores
 CPU_SIZES = {"v1-384": {128: 8, 512: 2, 1024: 1}, "v1-384-padded": {512: 2}, "v2-48": {128: 4, 512: 1}}
 CPU_TOKENS = 1024  # for lengths of one's own
@@ -87,6 +87,7 @@ FAMILIES = {
     # SST-2 sentences: short, so that launches count as much as kernels
     "v1-sst2": Family(relations=V1, heads=12, width_t=768, width_s=768, lengths=(128,), batch=32),
 }
+OTHER_DTYPES = (("v1-384", "fp16"), ("v1-384", "fp32"))  # that a GPU's full run measures beside bf16
 
 
 def select_cases(
@@ -98,19 +99,23 @@ def select_cases(
     dtype: str | None = None,
     quick: bool = False,
 ) -> list[Case]:
-    """The cases to measure: all of the device's, or what was asked for; `heads` splits the same widths otherwise.
+    """The cases to measure: all of the device's, or what was asked for. `heads` splits the same widths otherwise.
 
     Raises `ValueError` where `heads` does not divide both widths.
     """
+    default = "bf16" if cuda else "fp32"
+    chosen = [(name, dtype or default, quick) for name in names or _names(cuda, quick)]
+    if cuda and not (names or dtype or quick):
+        chosen += [(name, other, True) for name, other in OTHER_DTYPES]
     cases = []
-    for name in names or _names(cuda, quick):
+    for name, case_dtype, two_lengths in chosen:
         family = FAMILIES[name]
         relation_heads = heads or family.heads
         if family.width_t % relation_heads or family.width_s % relation_heads:
             raise ValueError(
                 f"--heads {relation_heads} does not divide the widths {family.width_t} and {family.width_s} of {name}"
             )
-        sizes = _sizes(name, cuda, quick)
+        sizes = _sizes(name, cuda, two_lengths)
         tokens = GPU_TOKENS if cuda else CPU_TOKENS
         for n in lengths or sizes:
             cases.append(
@@ -122,7 +127,7 @@ def select_cases(
                     n=n,
                     d_t=family.width_t // relation_heads,
                     d_s=family.width_s // relation_heads,
-                    dtype=dtype or ("bf16" if cuda else "fp32"),
+                    dtype=case_dtype,
                     padded=family.padded,
                     causal=family.causal,
                 )
@@ -136,13 +141,13 @@ def _names(cuda: bool, quick: bool) -> Sequence[str]:
     return list(FAMILIES if cuda else CPU_SIZES)
 
 
-def _sizes(name: str, cuda: bool, quick: bool) -> dict[int, int]:
+def _sizes(name: str, cuda: bool, two_lengths: bool) -> dict[int, int]:
     """{N: B} of a family's own sizes."""
     family = FAMILIES[name]
     gpu_sizes = {n: family.batch or GPU_TOKENS // n for n in family.lengths}
     sizes = gpu_sizes if cuda else CPU_SIZES.get(name, {512: 2})
-    chosen = QUICK_LENGTHS if cuda else QUICK_CPU_LENGTHS
-    return {n: batch for n, batch in sizes.items() if n in chosen or not quick}
+    chosen = TWO_LENGTHS if cuda else TWO_CPU_LENGTHS
+    return {n: batch for n, batch in sizes.items() if n in chosen or not two_lengths}
 
 
 class Inputs(NamedTuple):

@@ -50,8 +50,8 @@ def exact(case: Case, inputs: Inputs) -> Outcome:
                 tensors = teacher[x], teacher[y], student[x], student[y]
                 loss = loss + relation_kl(*tensors, causal=case.causal, reduction="sum", implementation="reference")
             loss = loss / (case.batch * case.heads * n)
-            for whole, part in zip(gradients, torch.autograd.grad(loss, student), strict=True):
-                whole[piece] = part.squeeze(0)
+            for gradient, of_piece in zip(gradients, torch.autograd.grad(loss, student), strict=True):
+                gradient[piece] = of_piece.squeeze(0)
             total += loss.detach()
     return Outcome(total, gradients)
 

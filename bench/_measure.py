@@ -56,7 +56,7 @@ def _time_cuda(work: Work, graph: bool, rep_ms: float) -> Timing:
         work = captured(work)
     once = _time_events(work, count=1)[0]
     count = max(REPEATS, int(rep_ms / once))
-    # do_bench cannot leave a part untimed, and runs long work seven times beside the runs that it counts.
+    # do_bench cannot leave `prepare` untimed, and runs long work seven times beside the runs that it counts.
     if work.prepare is not _nothing or count == REPEATS:
         return _quantiles(_time_events(work, count))
     from triton.testing import do_bench

@@ -5,11 +5,13 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
 
@@ -126,7 +128,7 @@ class StepRow:
     ms_p50: float | None = None
     ms_p80: float | None = None
     tokens_per_s: float | None = None
-    loss_pct: float | None = None  # forward and backward of the loss, of the step's time
+    loss_pct: float | None = None  # forward and backward of the loss alone, of ms_p50
     peak_mib: float | None = None  # above both models and the optimiser's state
     largest_batch: int | None = None  # sequences that fit, to an eighth
     gpu: str = ""
@@ -165,20 +167,30 @@ def read_csv(row_type: type[Row], path: Path) -> list[Row]:
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        kinds = {field.name: field.type for field in fields(row_type)}
-        if reader.fieldnames != list(kinds):
-            raise ValueError(f"{path} has columns {reader.fieldnames}, this version writes {list(kinds)}: move it away")
-        return [row_type(**{name: _parse(kind, row[name]) for name, kind in kinds.items()}) for row in reader]
+        types = {field.name: field.type for field in fields(row_type)}
+        if reader.fieldnames != list(types):
+            raise ValueError(f"{path} has columns {reader.fieldnames}, this version writes {list(types)}: move it away")
+        return [row_type(**{name: _parse(type_, row[name]) for name, type_ in types.items()}) for row in reader]
 
 
-def _parse(kind: Any, text: str) -> Any:
-    if kind is str:
-        return text
-    return None if text == "" else float(text) if kind == float | None else int(text)
+def _parse(type_: Any, text: str) -> Any:
+    if text == "" and type_ is not str:
+        return None
+    [bare] = {*(get_args(type_) or [type_])} - {NoneType}
+    return text == "True" if bare is bool else bare(text)
+
+
+def old_rows(row_type: type[Row], path: Path) -> list[Row]:
+    """As `read_csv`, for a command that will write there: wrong columns end it with one line and exit code 2."""
+    try:
+        return read_csv(row_type, path)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def write_csv(rows: Sequence[Any], path: Path) -> None:
-    """All rows, at least one, written aside and renamed."""
+    """All rows, at least one. The file is written under another name and then renamed: it is never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     with aside.open("w", newline="") as file:

@@ -1,6 +1,5 @@
 """Measured rows as a table on the terminal: one block a case, one line a provider, the three modes side by side."""
 
-import math
 from collections.abc import Sequence
 
 from _results import LossRow
@@ -83,14 +82,14 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def ratios(rows: Sequence[LossRow]) -> str:
-    """How many times faster fused is than eager, forward + backward, at N = 128 and from 512 on."""
-    lines = []
-    for title, shortest, longest in (("N = 128 ", 128, 128), ("N >= 512", 512, math.inf)):
-        found = [
-            f"{row.case} N={row.N} {row.speedup_vs_eager:.2f}x"
-            for row in rows
-            if row.provider == "fused" and row.mode == "both" and row.speedup_vs_eager and shortest <= row.N <= longest
-        ]
-        if found:
-            lines.append(f"  {title}  " + ", ".join(found))
-    return "\n".join(["fused over eager, forward + backward, medians:", *lines]) if lines else ""
+    """How many times faster fused is than eager, forward + backward: a line for the lengths of a case in a dtype."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        if row.provider == "fused" and row.mode == "both" and row.speedup_vs_eager:
+            name = f"{row.case}, {row.heads} heads, {row.dtype}"
+            lines.setdefault(name, []).append(f"N={row.N} {row.speedup_vs_eager:.2f}x")
+    if not lines:
+        return ""
+    width = max(map(len, lines))
+    found = [f"  {name.ljust(width)}  {', '.join(times)}" for name, times in lines.items()]
+    return "\n".join(["fused over eager, forward + backward, medians:", *found])

@@ -1,19 +1,22 @@
+#!/usr/bin/env python3
 """What frozen sentence vectors are worth downstream: STS-B and TREC, for any folders or names that AutoModel loads.
 
     python bench/encoder_quality.py minilm-demo --stsb validation.parquet --trec train.parquet test.parquet
 
 The vectors are what the sentence-transformers files make of the last hidden states, before a normalisation, and means
-over the tokens where there are no such files. STS-B is Spearman's correlation of cosine similarities
-with the judgements, TREC the accuracy of scikit-learn's logistic regression (standardised features, C = 1) on the
-coarse question classes; both times 100. The files are those of the hub's nyu-mll/glue (stsb) and CogComp/trec; the
-columns sentence1, sentence2, label and text, coarse_label are read. Needs the `demo` extra.
+over the tokens where there are no such files. STS-B is Spearman's correlation of cosine similarities with the
+judgements. TREC is the accuracy of scikit-learn's logistic regression (standardised features, C = 1) on the coarse
+question classes. Both are times 100. The files are those of the hub's nyu-mll/glue (stsb) and CogComp/trec. Of STS-B
+the columns sentence1, sentence2 and label are read, of TREC text and coarse_label. Needs the `demo` extra.
 """
 
-import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
+from _arguments import make_parser
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -27,17 +30,25 @@ from minilm.models.sentence_modules import Dense, SentenceHead, read_head
 BATCH, MAX_LENGTH = 64, 128
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--stsb", required=True, metavar="FILE")
-    parser.add_argument("--trec", required=True, nargs=2, metavar=("TRAIN", "TEST"))
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 2 where a file is missing."""
+    parser = make_parser(__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or name that AutoModel loads")
+    parser.add_argument("--stsb", required=True, type=Path, metavar="FILE", help="Parquet file of the validation split")
+    parser.add_argument(
+        "--trec", required=True, type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="Parquet files of the two splits"
+    )
     arguments = parser.parse_args(argv)
+    missing = [str(path) for path in (arguments.stsb, *arguments.trec) if not path.is_file()]
+    if missing:
+        print(f"no such file: {', '.join(missing)}", file=sys.stderr)
+        return 2
     pairs, (train, test) = pd.read_parquet(arguments.stsb), map(pd.read_parquet, arguments.trec)
     print(f"{'model':<32} {'STS-B':>6} {'TREC':>6}")
     for name in arguments.models:
         encoder = Encoder(name)
         print(f"{name:<32} {stsb(encoder, pairs):>6.1f} {trec(encoder, train, test):>6.1f}", flush=True)
+    return 0
 
 
 class Encoder:
@@ -66,10 +77,10 @@ def stsb(encoder: Encoder, pairs: pd.DataFrame) -> float:
 
 
 def trec(encoder: Encoder, train: pd.DataFrame, test: pd.DataFrame) -> float:
-    features = [encoder.encode(list(part["text"])).numpy() for part in (train, test)]
+    features = [encoder.encode(list(split["text"])).numpy() for split in (train, test)]
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     return 100 * float(classifier.fit(features[0], train["coarse_label"]).score(features[1], test["coarse_label"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,9 +5,14 @@
     python bench/loss_bench.py --quick                      a minute's run
     python bench/loss_bench.py --case v2-48 --n 1024 --batch 8 --heads 12 --dtype fp16
 
-Modes: "forward" wants no gradient; "backward" starts from a loss that was computed before; "both" is what a training
-step pays. Where gradients are prepared in the forward, "backward" alone is small and "both" is the number to look at.
-On a CPU the chunked path stands for the library; the Triton kernels are measured on a GPU.
+A case is an objective between a teacher and a student: v1-768 is MiniLM v1 with a student 768 wide, v2-48 is MiniLM v2
+with 48 relation heads. On a GPU all are measured in bf16, and v1-384 in fp16 and fp32 too. On a CPU the smaller ones
+are measured in fp32.
+
+There are three modes. "forward" computes no gradient. "backward" starts from a loss that was computed before. "both" is
+what a training step pays. A provider may prepare gradients in its forward, so "both" is the number to compare.
+
+`fused` is the library: its Triton kernels on a GPU, its chunked path on a CPU.
 """
 
 import argparse
@@ -15,9 +20,9 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from _arguments import add_commit, add_out, make_parser, positive
 from _cases import DTYPES, FAMILIES, Case, make_inputs, select_cases
 from _compare import compare
 from _exact import exact
@@ -25,28 +30,28 @@ from _floor import Rates
 from _measure import REP_MS
 from _plots import plot
 from _providers import PROVIDERS, default_providers
-from _results import RESULTS, LossRow, device_slug, environment, merge, read_csv, write_csv
+from _results import LossRow, device_slug, environment, merge, old_rows, write_csv
 from _table import MODES, loss_table, ratios
 
 CPU_SECONDS = 95  # all must be measured by then: a run ends within two minutes
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--case", nargs="+", choices=FAMILIES, default=[], metavar="NAME", help=", ".join(FAMILIES))
-    parser.add_argument("--n", nargs="+", type=int, default=[], help="tokens of a sequence, one or several")
-    parser.add_argument("--batch", type=int, help="sequences (default: a fixed number of tokens)")
-    parser.add_argument("--heads", type=int, help="relation heads that the same widths are split into")
+    parser.add_argument("--n", nargs="+", type=positive, default=[], help="tokens of a sequence, one or several")
+    parser.add_argument("--batch", type=positive, help="sequences (default: a fixed number of tokens)")
+    parser.add_argument("--heads", type=positive, help="relation heads that the same widths are split into")
     parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, default=[], metavar="NAME", help=", ".join(PROVIDERS)
     )
-    parser.add_argument("--quick", action="store_true", help="two cases, two lengths, no compile")
-    parser.add_argument("--seconds", type=float, help="measure no longer than about this")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the PNGs")
-    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    parser.add_argument("--quick", action="store_true", help="few cases, two lengths, no compile")
+    parser.add_argument(
+        "--seconds", type=float, help=f"measure for about this long at most (default: on a CPU {CPU_SECONDS})"
+    )
+    add_out(parser)
+    add_commit(parser)
     return parser.parse_args(argv)
 
 
@@ -58,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cuda = device == "cuda"
     try:
         cases = select_cases(cuda, args.case, args.n, args.batch, args.heads, args.dtype, args.quick)
-        path = args.out / f"loss_bench_{device_slug(device)}.csv"
-        rows = read_csv(LossRow, path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    path = args.out / f"loss_bench_{device_slug(device)}.csv"
+    rows = old_rows(LossRow, path)
     seconds = args.seconds if args.seconds is not None else math.inf if cuda else CPU_SECONDS
     deadline = start + seconds
     where = environment(device, args.commit)
@@ -80,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for row in new:
                     row.__dict__.update(where)
                     outcome = f"{row.ms_p50:.3f} ms" if row.ms_p50 else row.note
-                    print(f"  {row.case} N={row.N} {row.provider} {row.mode}: {outcome}", flush=True)
+                    print(f"  {row.case} {row.dtype} N={row.N} {row.provider} {row.mode}: {outcome}", flush=True)
                 found += new
             del inputs, truth
         missing = len(MODES) * len(names) - len(found)
@@ -90,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if measured:
             write_csv(merge(rows, measured), path)
 
+    if not measured:
+        return 0
     rows = [row for row in merge(rows, measured) if row.gpu == where["gpu"]]
     settings = {row.setting for row in measured}
     shown = sorted((row for row in rows if row.setting in settings), key=_order)
@@ -124,8 +131,10 @@ def _print_rates(dtypes: set[str]) -> dict[str, Rates]:
     return rates
 
 
-def _order(row: LossRow) -> tuple[int, int, int, int]:
-    return list(FAMILIES).index(row.case), row.N, list(PROVIDERS).index(row.provider), MODES.index(row.mode)
+def _order(row: LossRow) -> tuple[int, ...]:
+    """Lengths of a case in a dtype stand together."""
+    group = list(FAMILIES).index(row.case), list(DTYPES).index(row.dtype), -row.heads
+    return *group, row.N, list(PROVIDERS).index(row.provider), MODES.index(row.mode)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
     python bench/run_gpu.py --out DIR                 all parts
     python bench/run_gpu.py --out DIR --part bench    one; each ends within nine minutes
 
-CSVs and PNGs go into bench/results/, whose rows they replace; copies of them and a log of each part go into DIR. The
-project need not be installed: its sources are found beside this file.
+tests: the loss's tests on the GPU. bench: loss_bench.py. step: step_bench.py and truncation_bench.py. profile: Nsight
+Compute over the kernels. Rows and plots go into bench/results/, where new rows replace old ones. Copies of them and a
+log of each part go into DIR. The project need not be installed: its sources are found beside this file.
 """
 
-import argparse
 import importlib.util
 import os
 import shutil
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from _arguments import add_commit, make_parser
 from _results import RESULTS, ROOT, device_slug
 
 PART_SECONDS = 530  # a part is ended then, whatever it does
@@ -97,12 +98,10 @@ def run(command: list[str], log: TextIO, seconds: float) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 where a part failed; 2 without a GPU."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the logs and copies")
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="(default: all)")
-    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    parser = make_parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the logs and copies")
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, metavar="NAME", help=", ".join(PARTS))
+    add_commit(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("this machine has no CUDA device; on a CPU: pytest, and python bench/loss_bench.py", file=sys.stderr)

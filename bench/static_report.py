@@ -1,33 +1,31 @@
 """What the compiler made of every kernel, for GPUs that need not be there: registers, spills, instructions per element.
 
-    python bench/static_report.py [--target sm_90 ...] [--dtype bfloat16 ...] [--out bench/results]
+    python bench/static_report.py                                       every target, into bench/results/
+    python bench/static_report.py --target sm_90 --dtype bfloat16
 
-Compiles the kernels with their pinned tiles for sm_80, sm_89, sm_90, sm_100 and gfx942, and reads registers, spills and
-the main loop from the machine code (NVIDIA only; an element is one pair of tokens of one head). Main loops with neither
-bounds nor tails are counted. Writes static_report.csv; nothing here is a time.
+The kernels are compiled with their pinned tiles for sm_80, sm_89, sm_90, sm_100 and gfx942. Registers, spills and the
+main loop are read from the machine code, of NVIDIA's chips only. An element is one pair of tokens of one head. Of a
+kernel's main loops the one without bounds and tails is counted. static_report.csv gets the rows. None is a time.
 """
 
-import argparse
-import csv
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 import _sass
 import torch
+from _arguments import add_out, make_parser
+from _cases import Triple
+from _launches import KERNELS, make_launch, make_relations
+from _results import old_rows, replace, write_csv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from minilm_kernels._relations import Relations
-from minilm_kernels._triton._keys import key_launch
+from minilm_kernels._relations import Masks
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import Kind, kind_fields, resident_tokens, tiles, walks
-from minilm_kernels._triton._resident import resident_launch
-from minilm_kernels._triton._rows import row_launch
-from minilm_kernels._triton._self import self_launch
+from minilm_kernels._triton._plan import resident_tokens
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)},
@@ -39,16 +37,17 @@ BATCH, HEADS, LENGTH = 32, 12, 512
 
 
 class Variant(NamedTuple):
-    """One kernel as one kind of call launches it."""
+    """One kernel, and the tensors that it is launched for."""
 
-    kernel: str  # forward, rows, keys, self, resident
+    kernel: str  # one of KERNELS
     d_t: int
     d_s: int
     dtype: torch.dtype
     bounded: bool  # with a mask that may have holes
 
 
-class Row(NamedTuple):
+@dataclass(kw_only=True)
+class Row:
     """A line of the report; instructions per element of the main loop, None without one or without a disassembler."""
 
     target: str
@@ -66,11 +65,15 @@ class Row(NamedTuple):
     exponentials: float | None
     loads: float | None
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.target, self.kernel, self.d_t, self.d_s, self.dtype, self.bounded)
+
 
 def variants(dtypes: Sequence[torch.dtype]) -> Iterator[Variant]:
     for dtype in dtypes:
         for d_t, d_s in DIMENSIONS:
-            for kernel in ("forward", "rows", "keys", "self", "resident"):
+            for kernel in KERNELS:
                 if kernel == "resident" and d_t > 64:
                     continue
                 for bounded in (False, True):
@@ -79,48 +82,22 @@ def variants(dtypes: Sequence[torch.dtype]) -> Iterator[Variant]:
 
 def launch(variant: Variant, architecture: int) -> Launch:
     """The launch that a call on such a GPU would make, over tensors without storage."""
-
     resident_length = resident_tokens(architecture, variant.dtype.itemsize)
     length = resident_length if variant.kernel == "resident" else LENGTH
 
-    def heads(dim: int) -> torch.Tensor:
-        shape = (BATCH, length, HEADS, dim)
-        return torch.empty(shape, dtype=variant.dtype, device="meta").transpose(1, 2)
+    def qkv(dim: int) -> Triple:
+        x = torch.empty((BATCH, length, HEADS, dim), dtype=variant.dtype, device="meta").transpose(1, 2)
+        return x, x, x
 
     def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    is_self = variant.kernel in ("forward", "self")
-    relations = Relations(
-        [heads(variant.d_t)],
-        [] if is_self else [heads(variant.d_t)],
-        [heads(variant.d_s)],
-        [] if is_self else [heads(variant.d_s)],
-        numbers(4, BATCH, length, dtype=torch.int32) if variant.bounded else None,
-        numbers(BATCH, dtype=torch.int32) if variant.bounded else None,
-        numbers(BATCH, length) if variant.bounded else None,
-        1.0 / length,
-        variant.d_t**-0.5,
-        variant.d_s**-0.5,
-        symmetric=True,
-        sums=True,
-    )
-    kind = Kind(*kind_fields(relations))
-    lse = numbers(kind.lse_parts, *kind.shape)
-    dx, dy = [torch.empty_like(x) for x in relations.x_s], [torch.empty_like(y) for y in relations.y_s]
-    grad = numbers()
-    pinned = tiles(variant.kernel, kind, architecture)
-    if variant.kernel == "forward":
-        return row_launch(relations, kind, lse, lse, [], pinned)
-    if variant.kernel == "rows":
-        return row_launch(relations, kind, lse, lse, dx, pinned)
-    if variant.kernel == "keys":
-        return key_launch(relations, kind, lse, lse, grad, [1.0], dx, dy, pinned)
-    if variant.kernel == "self":
-        bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
-        return self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
-    programs = 1 if walks(architecture, length) else math.prod(kind.shape[:3])
-    return resident_launch(relations, kind, dx, dy, programs, architecture)
+    masks: Masks = (None, None, None)
+    if variant.bounded:
+        bounds, holes = numbers(4, BATCH, length, dtype=torch.int32), numbers(BATCH, dtype=torch.int32)
+        masks = bounds, holes, numbers(BATCH, length)
+    relations = make_relations(variant.kernel, ("qk", "vv"), qkv(variant.d_t), qkv(variant.d_s), masks)
+    return make_launch(variant.kernel, relations, architecture)
 
 
 class _Pointer:
@@ -178,24 +155,26 @@ def measure(name: str, variant: Variant) -> Row:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    add_out(parser)
+    parser.add_argument(
+        "--target", choices=TARGETS, nargs="+", default=list(TARGETS), metavar="CHIP", help=", ".join(TARGETS)
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), metavar="NAME", help=", ".join(DTYPES)
+    )
     arguments = parser.parse_args(argv)
+    path = arguments.out / "static_report.csv"
+    old = old_rows(Row, path)
     rows = []
     for name in arguments.target:
         for variant in variants([DTYPES[dtype] for dtype in arguments.dtype]):
             rows.append(measure(name, variant))
-            print(*("-" if cell is None else cell for cell in rows[-1]), sep="  ", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "static_report.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+            print(*("-" if cell is None else cell for cell in astuple(rows[-1])), sep="  ", flush=True)
+    write_csv(replace(old, rows), path)
     spilled = [row for row in rows if row.spills]
-    print(f"\n{len(rows)} kernels compiled, {len(spilled)} of them spill registers")
+    print(f"\n{len(rows)} kernels compiled, {len(spilled)} of them spill registers\n{path}")
     return 0
 
 

@@ -4,24 +4,27 @@
     python bench/step_bench.py            BERT-base's size as teacher, students 6x384 and 6x768, into bench/results/
     python bench/step_bench.py --quick    one student and objective; on a CPU always tiny models, to see that it runs
 
-The step: teacher up to its last layer's q, k, v in bf16; student likewise under autocast, in training mode; the loss;
-backward; AdamW. Weights are random: they change no time.
+In a step the teacher computes q, k, v of its last layer in bf16, and the student those of its own under autocast and in
+training mode. Then come the loss, the backward and AdamW. Weights are random: they change no time.
+
+The loss's share is the time of its forward and backward alone, on the q, k, v of such a step, as a part of the time of
+the whole step. Alone, the loss also waits for its own launches, which in a step the device's other work hides: where
+the loss is shorter than its launches, the true share is smaller.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from _arguments import add_commit, add_out, make_parser
 from _cases import V1, V2, Triple, as_leaves
 from _compare import attempt
 from _measure import Work, peak_mib, release, time_ms
-from _results import RESULTS, StepRow, device_slug, environment, read_csv, replace, write_csv
+from _results import StepRow, device_slug, environment, old_rows, replace, write_csv
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
@@ -58,20 +61,18 @@ TINY = Sizes(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 where a provider failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--quick", action="store_true", help="one student, MiniLMv2 only")
+    parser = make_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="one student, one objective")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement later than this")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    add_out(parser)
+    add_commit(parser)
     args = parser.parse_args(argv)
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = BASE if device == "cuda" else TINY
     where: dict[str, Any] = {**environment(device, args.commit), "transformers": transformers.__version__}
     path = args.out / f"step_bench_{device_slug(device)}.csv"
-    old, measured = read_csv(StepRow, path), []
+    rows, measured = old_rows(StepRow, path), []
     for student in list(sizes.students)[: 1 if args.quick else None]:
         for objective in [SEARCHED] if args.quick else OBJECTIVES:
             for provider in PROVIDERS if device == "cuda" else PROVIDERS[:2]:
@@ -85,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 release(device)
                 measured.append(row)
                 print(_line(row), flush=True)
-                write_csv(replace(old, measured), path)
+                rows = replace(rows, [row])
+                write_csv(rows, path)
     print(path)
     if device == "cpu":
         print("This machine has no GPU: these models are tiny and their times say nothing about training.")
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(row: StepRow, sizes: Sizes, device: str) -> None:
-    """Fills the row; on CUDA also searches the largest batch of one objective."""
+    """Fills the row. On CUDA it also searches for the largest batch of one objective."""
     relations, heads = OBJECTIVES[row.objective]
     teacher = BertModel(sizes.teacher, add_pooling_layer=False).eval()  # type: ignore[no-untyped-call]
     student = build_student(teacher, init="random", seed=0, **sizes.students[row.student])
@@ -120,7 +122,7 @@ def measure(row: StepRow, sizes: Sizes, device: str) -> None:
 
 
 def _loss_alone(loss: Callable[[Triple, Triple], Tensor], teacher: Triple, student: Triple) -> Work:
-    """Forward and backward of the loss, on the tensors of a step."""
+    """Forward and backward of the loss without the models, on the q, k, v of a step."""
     leaves = as_leaves(student)
     return Work(lambda _: torch.autograd.grad(loss(teacher, leaves), leaves))
 
@@ -181,7 +183,7 @@ def _line(row: StepRow) -> str:
     largest = f"  largest batch {row.largest_batch}" if row.largest_batch else ""
     return (
         f"{name}  {row.ms_p50:.2f} ms ({row.ms_p20:.2f} to {row.ms_p80:.2f})  {row.tokens_per_s:,.0f} tokens/s  "
-        f"loss {row.loss_pct:.1f}%  peak {row.peak_mib:,.0f} MiB{largest}"
+        f"loss {row.loss_pct:.1f}%  peak {row.peak_mib:,.1f} MiB{largest}"
     )
 
 

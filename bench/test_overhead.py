@@ -38,7 +38,7 @@ Call = Callable[[], tuple[Tensor, ...]]  # the loss, and the gradients of the st
 
 def tensors_of(argument: Any) -> list[Tensor]:
     if isinstance(argument, tuple):
-        return [x for part in argument for x in tensors_of(part)]
+        return [x for member in argument for x in tensors_of(member)]
     return [argument] if isinstance(argument, Tensor) else []
 
 

@@ -4,37 +4,32 @@
     python bench/tile_bench.py                                  every kernel, into bench/results/
     python bench/tile_bench.py --kernel rows keys --case v1-384 --n 2048
 
-Compiles every candidate first, in parallel processes. Times are medians of the kernel alone. "forward" is the sweep
-over rows without dX, "rows" that with dX, "keys" the sweep for dY, "self" that of a self relation.
+All candidates are compiled first, in parallel processes. Times are medians of the kernel alone. "forward" is the sweep
+over rows without dX, "rows" is that with dX, "keys" is the sweep for dY, and "self" is that of a self relation.
 """
 
-import argparse
-import csv
 import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
-from _cases import FAMILIES, Case, make_inputs, select_cases
-from _results import RESULTS, device_slug, environment
+from _arguments import add_commit, add_out, make_parser, positive
+from _cases import FAMILIES, Case, Inputs, make_inputs, select_cases
+from _launches import SWEEPS, make_launch, make_relations, pinned_tiles
+from _results import device_slug, environment, old_rows, replace, write_csv
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._keys import key_launch
-from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import Kind, Tiles, architecture, kind_fields, tiles
-from minilm_kernels._triton._rows import row_launch
-from minilm_kernels._triton._self import self_launch
+from minilm_kernels._triton._plan import Tiles, architecture
 
-KERNELS = ("forward", "rows", "keys", "self")
 CASES = ("v1-384", "v1-768", "v2-48")
 LENGTHS = (512, 2048)
 # Tokens that a program keeps, tokens of a tile that it meets, warps, registers. (64 tokens in 8 warps would be computed
@@ -59,7 +54,7 @@ REP_MS = 8.0
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Median time of one kernel with one choice of tiles."""
+    """Median time of one kernel with one choice of tiles, and what the compiler made of it."""
 
     kernel: str
     case: str
@@ -73,6 +68,16 @@ class Row:
     ms: float | None  # None: the chip has no room for it
     spills: int | None
     registers: int | None
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        sizes = (self.block_m, self.block_n, self.num_warps, self.num_stages, self.max_registers)
+        return (self.kernel, self.case, self.N, *sizes, self.gpu)
 
 
 def candidates(kernel: str) -> list[Tiles]:
@@ -84,83 +89,63 @@ def candidates(kernel: str) -> list[Tiles]:
     ]
 
 
-def builder(kernel: str, case: Case) -> tuple[Kind, Callable[[Tiles], Launch]]:
-    """The kind of the case's relations in that kernel, and the launch with given tiles."""
-    inputs = make_inputs(case, "cuda")
-    is_self = kernel in ("forward", "self")
-    of_self: tuple[str, ...] = ("qq", "kk", "vv") if "qq" in case.relations else ("vv",)
-    letters = of_self if is_self else ("qk",)
-    at = [tuple("qkv".index(letter) for letter in relation) for relation in letters]
-    teacher, student = inputs.teacher, [x.detach() for x in inputs.student]
-    relations = Relations(
-        [teacher[x] for x, _ in at],
-        [] if is_self else [teacher[y] for _, y in at],
-        [student[x] for x, _ in at],
-        [] if is_self else [student[y] for _, y in at],
-        None,
-        None,
-        None,
-        1.0 / case.n,
-        case.d_t**-0.5,
-        case.d_s**-0.5,
-        symmetric=True,
-        sums=True,
-    )
-    kind = Kind(*kind_fields(relations))
-    lse_t = torch.zeros(kind.lse_parts, *kind.shape, device="cuda") + 10.0
-    lse_s = lse_t.clone()
-    dx = [torch.empty_like(x) for x in relations.x_s]
-    dy = [torch.empty_like(y) for y in relations.y_s]
-    grad = torch.ones((), device="cuda")
-    weights = [1.0] * len(at)
-    if kernel == "forward":
-        return kind, lambda shape: row_launch(relations, kind, lse_t, lse_s, [], shape)
-    if kernel == "rows":
-        return kind, lambda shape: row_launch(relations, kind, lse_t, lse_s, dx, shape)
-    if kernel == "keys":
-        return kind, lambda shape: key_launch(relations, kind, lse_t, lse_s, grad, weights, dx, dy, shape)
-    bases, factors = ([lse_t.new_zeros(size) for _ in range(2)] for size in (kind.shape[:3], kind.shape))
-    return kind, lambda shape: self_launch(relations, kind, lse_t, lse_s, bases, factors, grad, weights, dx, shape)
+def relations_of(kernel: str, names: tuple[str, ...], inputs: Inputs) -> Relations:
+    """Of the relations `names` the self relations where the kernel is for those, else QK alone."""
+    q, k, v = (x.detach() for x in inputs.student)
+    self_relations = [name for name in names if name[0] == name[1]]
+    return make_relations(kernel, ("qk", *self_relations), inputs.teacher, (q, k, v))
 
 
 def compile_candidate(kernel: str, case: Case, shape: Tiles) -> None:
-    """Fills Triton's cache; a candidate that the chip has no room for is met again, and said so, when it is timed."""
+    """Fills Triton's cache. A candidate that the chip has no room for is reported when it is timed."""
+    relations = relations_of(kernel, case.relations, make_inputs(case, "cuda"))
+    device = torch.device("cuda")
     try:
-        builder(kernel, case)[1](shape).run(torch.device("cuda"))
+        make_launch(kernel, relations, architecture(device), shape).run(device)
         torch.cuda.synchronize()
     except OutOfResources:
         pass
 
 
-def measure(kernel: str, case: Case, shape: Tiles, pinned: bool, build: Callable[[Tiles], Launch]) -> Row:
-    launch = build(shape)
+def measure(kernel: str, case: Case, where: dict[str, Any]) -> list[Row]:
+    """A row of each candidate."""
+    relations = relations_of(kernel, case.relations, make_inputs(case, "cuda"))
     device = torch.device("cuda")
-    ms = spills = registers = None
-    try:
-        ms = float(do_bench(lambda: launch.run(device), rep=REP_MS, warmup=REP_MS / 3, return_mode="median"))
-        compiled = launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
-        spills, registers = compiled.n_spills, compiled.n_regs
-    except OutOfResources:
-        pass
-    sizes: dict[str, Any] = {"kernel": kernel, "case": case.name, "N": case.n, "pinned": pinned}
-    return Row(**sizes, **shape._asdict(), ms=ms, spills=spills, registers=registers)
+    chip = architecture(device)
+    pinned = pinned_tiles(kernel, relations, chip)
+    rows = []
+    for shape in candidates(kernel):
+        launch = make_launch(kernel, relations, chip, shape)
+        sizes: dict[str, Any] = {"kernel": kernel, "case": case.name, "N": case.n, "pinned": shape == pinned}
+        ms = spills = registers = None
+        try:
+            ms = float(do_bench(partial(launch.run, device), rep=REP_MS, warmup=REP_MS / 3, return_mode="median"))
+            compiled = launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
+            spills, registers = compiled.n_spills, compiled.n_regs
+        except OutOfResources:
+            pass
+        rows.append(Row(**sizes, **shape._asdict(), ms=ms, spills=spills, registers=registers, **where))
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 2 without a GPU."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--case", nargs="+", choices=FAMILIES, default=CASES)
-    parser.add_argument("--n", nargs="+", type=int, default=LENGTHS, help="tokens of a sequence")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    parser = make_parser(__doc__)
+    parser.add_argument("--kernel", nargs="+", choices=SWEEPS, default=SWEEPS, metavar="NAME", help=", ".join(SWEEPS))
+    parser.add_argument("--case", nargs="+", choices=FAMILIES, default=CASES, metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument("--n", nargs="+", type=positive, default=LENGTHS, help="tokens of a sequence")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes that compile")
+    add_out(parser)
+    add_commit(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("this machine has no CUDA device: bench/static_report.py counts instructions without one")
+        print(
+            "this machine has no CUDA device; bench/static_report.py counts instructions without one", file=sys.stderr
+        )
         return 2
+    path = args.out / f"tiles_{device_slug('cuda')}.csv"
+    rows = old_rows(Row, path)
+    where = environment("cuda", args.commit)
     start = time.monotonic()
     chosen = select_cases(True, args.case, args.n)
     work = list(itertools.product(args.kernel, chosen))
@@ -169,12 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for job in jobs:
             job.result()
     print(f"{len(jobs)} candidates compiled in {time.monotonic() - start:.0f} s", flush=True)
-    rows: list[Row] = []
     for kernel, case in work:
-        kind, build = builder(kernel, case)
-        pinned = tiles(kernel, kind, architecture(kind.device))
-        found = [measure(kernel, case, shape, shape == pinned, build) for shape in candidates(kernel)]
-        rows += found
+        found = measure(kernel, case, where)
+        rows = replace(rows, found)
+        write_csv(rows, path)
         print(f"\n{kernel}  {case}")
         for row in sorted(found, key=lambda row: row.ms or float("inf"))[:6] + [row for row in found if row.pinned]:
             print(
@@ -182,19 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f" of {row.max_registers}  {row.registers} registers, {row.spills} spilled{'  pinned' * row.pinned}",
                 flush=True,
             )
-    path = args.out / f"tiles_{device_slug('cuda')}.csv"
-    write(rows, path, environment("cuda", args.commit))
     print(path)
     return 0
-
-
-def write(rows: Sequence[Row], path: Path, where: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*(field.name for field in fields(Row)), *where])
-        for row in rows:
-            writer.writerow([*astuple(row), *where.values()])
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""What it saves to stop both models where the relations end, and that it changes nothing else.
+"""What it saves to stop both models where the relations end.
 
     python bench/truncation_bench.py      table on the terminal, bench/results/truncation_<device>.csv
 
-A teacher runs up to its layer's projections and a student up to its last layer's; "whole" is the same step with both
-models run to their outputs. BERT's sizes with random weights; a smaller batch on a CPU.
+Stopped, a teacher runs up to the projections of its layer and a student up to those of its last layer. Whole, both
+models run to their outputs. The models have BERT's sizes and random weights. On a CPU the batch is smaller.
 """
 
-import argparse
-import csv
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
+from _arguments import add_commit, add_out, make_parser
 from _measure import Work, time_ms
-from _results import RESULTS, device_slug, environment
+from _results import device_slug, environment, old_rows, replace, write_csv
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
@@ -30,18 +30,40 @@ CASES = {  # teacher, its layer, relation heads, the student's layers and width
     "BERT-base, layer 12, to 3x384": (BASE, 12, 48, 3, 384),
     "BERT-large, layer 21, to 6x384": (LARGE, 21, 64, 6, 384),
 }
-COLUMNS = ("case", "part", "B", "N", "whole_ms", "stopped_ms", "saved_pct", "gpu", "torch", "commit", "date")
+
+
+@dataclass(kw_only=True)
+class Row:
+    """Median times of one piece of work with both models whole and stopped."""
+
+    case: str
+    work: str  # "teacher": its forward; "step": forward of both, loss and backward
+    B: int
+    N: int
+    whole_ms: float
+    stopped_ms: float
+    saved_pct: float
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.case, self.work, self.B, self.N, self.gpu)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    parser = make_parser(__doc__)
+    add_out(parser)
+    add_commit(parser)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, length = (32, 512) if device == "cuda" else (2, 128)
-    where = environment(device, args.commit)
-    rows = []
+    where: dict[str, Any] = environment(device, args.commit)
+    path = args.out / f"truncation_{device_slug(device)}.csv"
+    rows = old_rows(Row, path)
     for case, (config, layer, relation_heads, layers, width) in CASES.items():
         teacher = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         student = build_student(teacher, num_layers=layers, hidden_size=width, init="random", seed=0).train()
@@ -50,26 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         teacher.to(device, dtype)
         student.to(device)
         ids = torch.randint(config.vocab_size, (batch, length), device=device)
-        for part, works in _parts(teacher, layer, student, relation_heads, ids).items():
+        for work, works in _works(teacher, layer, student, relation_heads, ids).items():
             whole, stopped = (timing.p50 for timing in time_ms(works, device))
-            saved = round(100 * (1 - stopped / whole), 1)
-            values = (case, part, batch, length, round(whole, 2), round(stopped, 2), saved)
-            rows.append(dict(zip(COLUMNS, values, strict=False)) | {name: where[name] for name in COLUMNS[7:]})
-            print(f"{case}: {part:8} whole {whole:8.2f} ms, stopped {stopped:8.2f} ms, {saved:.1f} % saved", flush=True)
-    path = args.out / f"truncation_{device_slug(device)}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+            saved = 100 * (1 - stopped / whole)
+            times: dict[str, Any] = {"whole_ms": whole, "stopped_ms": stopped, "saved_pct": saved}
+            rows = replace(rows, [Row(case=case, work=work, B=batch, N=length, **times, **where)])
+            write_csv(rows, path)
+            print(f"{case}: {work:8} whole {whole:8.2f} ms, stopped {stopped:8.2f} ms, {saved:.1f} % saved", flush=True)
     print(path)
     return 0
 
 
-def _parts(
+def _works(
     teacher: PreTrainedModel, layer: int, student: PreTrainedModel, relation_heads: int, ids: Tensor
 ) -> dict[str, list[Work]]:
-    """For each part of a step the work whole and stopped."""
+    """By name the same work whole and stopped."""
     criterion = MiniLMLoss(("qq", "kk", "vv"), relation_heads=relation_heads)
 
     def qkv(model: PreTrainedModel, layer: int, stop: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,11 +19,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import _compare
 import _exact
+import _launches
 import _measure
 import _results
+import encoder_quality
 import loss_bench
+import profile_kernels
 import run_gpu
+import static_report
 import step_bench
+import tile_bench
 import truncation_bench
 from _cases import FAMILIES, Case, Triple, as_leaves, make_inputs, select_cases
 from _exact import exact, is_wrong, outcome, rel_error
@@ -34,9 +39,13 @@ from _providers import PROVIDERS, Provider, default_providers, eager
 from _results import LossRow, merge, read_csv, write_csv
 from _table import loss_table, ratios
 
-# One small case of each kind; d_T + d_S is no multiple of 8, and a length no multiple of a block.
+from minilm import fused_minilm_loss
+from minilm_kernels._triton._launch import Launch
+from minilm_kernels._triton._plan import architecture
+
+# Small cases; d_T + d_S is no multiple of 8, and a length no multiple of a block.
 SMALL = Case(name="v1-384", relations=("qk", "vv"), batch=3, heads=2, n=21, d_t=12, d_s=6, dtype="fp32")
-KINDS = {
+SMALL_CASES = {
     "full": SMALL,
     "padded": replace(SMALL, padded=True),
     "causal": replace(SMALL, causal=True),
@@ -106,6 +115,15 @@ def test_cases() -> None:
     assert {case.name for case in cases} == set(FAMILIES)
     assert all(case.tokens == 16384 for case in cases if not case.padded and case.name != "v1-sst2")
     assert {(case.d_t, case.d_s) for case in cases if case.name == "v2-64"} == {(16, 6)}
+    # Heads of 64 dimensions, padding, the causal mask and each dtype are measured without a flag.
+    assert {(case.heads, case.d_t, case.d_s) for case in cases if case.name == "v1-768"} == {(12, 64, 64)}
+    assert {(case.dtype, case.n) for case in cases if case.padded or case.causal} == {("bf16", 512), ("bf16", 2048)}
+    assert [(case.name, case.dtype, case.n) for case in cases if case.dtype != "bf16"] == [
+        ("v1-384", dtype, n) for dtype in ("fp16", "fp32") for n in (512, 2048)
+    ]
+    assert {case.dtype for case in select_cases(True, ["v1-384"])} == {"bf16"}
+    assert {case.dtype for case in select_cases(True, dtype="fp16")} == {"fp16"}
+    assert {case.dtype for case in select_cases(True, quick=True)} == {"bf16"}
     assert [case.n for case in select_cases(False, quick=True)] == [128, 512]
     [own] = select_cases(True, ["v2-48"], [1000], batch=3, heads=12, dtype="fp16")
     assert (own.n, own.batch, own.heads, own.d_t, own.d_s, own.dtype) == (1000, 3, 12, 64, 32, "fp16")
@@ -119,14 +137,14 @@ def test_padded_and_causal_cases_cost_what_is_allowed() -> None:
     assert padded.lengths == [256 * i for i in range(1, 9)]
     assert padded.pairs / full.pairs == pytest.approx(0.4, abs=0.01)
     assert gpu_case("v1-384-causal", 2048).pairs == full.batch * sum(range(1, 2049))
-    mask = make_inputs(KINDS["padded"], "cpu").mask
-    assert mask.sum(1).tolist() == KINDS["padded"].lengths == [7, 14, 21]
+    mask = make_inputs(SMALL_CASES["padded"], "cpu").mask
+    assert mask.sum(1).tolist() == SMALL_CASES["padded"].lengths == [7, 14, 21]
     assert mask[:, 0].all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_exact_is_the_loop_in_float64(kind: str) -> None:
-    case = KINDS[kind]
+@pytest.mark.parametrize("name", SMALL_CASES)
+def test_exact_is_the_loop_in_float64(name: str) -> None:
+    case = SMALL_CASES[name]
     inputs = make_inputs(case, "cpu")
     teacher: Any = tuple(x.double() for x in inputs.teacher)
     wide = inputs._replace(teacher=teacher, student=as_leaves(inputs.student, torch.float64))
@@ -136,20 +154,20 @@ def test_exact_is_the_loop_in_float64(kind: str) -> None:
 
 
 def test_exact_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(KINDS["padded"], "cpu")
-    whole = exact(KINDS["padded"], inputs)
+    inputs = make_inputs(SMALL_CASES["padded"], "cpu")
+    whole = exact(SMALL_CASES["padded"], inputs)
     monkeypatch.setattr("_exact.ELEMENTS", 1)
-    assert rel_error(exact(KINDS["padded"], inputs), whole, "both") < 1e-14
+    assert rel_error(exact(SMALL_CASES["padded"], inputs), whole, "both") < 1e-14
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PROVIDERS)
-def test_providers_compute_the_loss(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", SMALL_CASES)
+@pytest.mark.parametrize("provider_name", PROVIDERS)
+def test_providers_compute_the_loss(name: str, provider_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_function = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **kw: compile_function(*a, **kw, backend="aot_eager"))
-    case, provider = KINDS[kind], PROVIDERS[name]
+    case, provider = SMALL_CASES[name], PROVIDERS[provider_name]
     inputs = make_inputs(case, "cpu")
-    if name == "flash" and kind == "padded":
+    if provider_name == "flash" and name == "padded":
         assert provider.refuses(case, "cpu") == "flash attention takes no padding mask"
         return
     assert provider.refuses(case, "cpu") == ""
@@ -302,9 +320,57 @@ def test_running_again_replaces_rows_and_ratios(tmp_path: Path) -> None:
         read_csv(LossRow, path)
 
 
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    where = {"gpu": "some GPU", "torch": "2", "triton": "", "commit": "abc", "date": ""}
+    tiles = {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2}
+    timed = tile_bench.Row(kernel="rows", case="v1-384", N=512, **tiles, max_registers=None, pinned=True, ms=0.25,
+                           spills=0, registers=128, **where)  # fmt: skip
+    without_room = replace(timed, max_registers=96, pinned=False, ms=None, spills=None, registers=None)
+    write_csv([timed, without_room], tmp_path / "tiles.csv")
+    assert read_csv(tile_bench.Row, tmp_path / "tiles.csv") == [timed, without_room]
+    assert len(_results.replace([timed], [without_room, replace(timed, ms=0.5)])) == 2
+
+
+def test_a_file_of_other_columns_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None
+) -> None:
+    for main, name in ((loss_bench.main, "loss_bench"), (step_bench.main, "step_bench")):
+        path = tmp_path / f"{name}_cpu.csv"
+        path.write_text("case,ms\nv1,3\n")
+        with pytest.raises(SystemExit) as exit_code:
+            main(["--quick", "--out", str(tmp_path)])
+        assert exit_code.value.code == 2
+        assert capsys.readouterr().err.startswith(f"{path} has columns ['case', 'ms'], this version writes ['")
+        assert path.read_text() == "case,ms\nv1,3\n"
+
+
+@pytest.mark.parametrize(
+    ("row_type", "pattern"),
+    [
+        (LossRow, "loss_bench_*.csv"),
+        (tile_bench.Row, "tiles_*.csv"),
+        (truncation_bench.Row, "truncation_*.csv"),
+        (static_report.Row, "static_report.csv"),
+    ],
+)
+def test_committed_results_are_read(row_type: Any, pattern: str) -> None:
+    """Else the next run on that device would end before it measured."""
+    files = list(_results.RESULTS.glob(pattern))
+    assert files
+    for path in files:
+        rows = read_csv(row_type, path)
+        assert len({row.key for row in rows}) == len(rows) > 5
+
+
 def test_ratios_are_of_fused_over_eager() -> None:
-    rows = merge([], [row("fused", 2.0, 128), row("eager", 3.0, 128), row("fused", 1.0, 1024), row("eager", 4.0, 1024)])
-    assert ratios(rows).splitlines()[1:] == ["  N = 128   v1-384 N=128 1.50x", "  N >= 512  v1-384 N=1024 4.00x"]
+    times = {("fused", 128): 2.0, ("eager", 128): 3.0, ("fused", 1024): 1.0, ("eager", 1024): 4.0}
+    in_bf16 = [row(provider, ms, n) for (provider, n), ms in times.items()]
+    in_fp32 = [row("fused", 1.0, dtype="fp32"), row("eager", 5.0, dtype="fp32")]
+    rows = merge([], [*in_bf16, *in_fp32])
+    assert ratios(rows).splitlines()[1:] == [
+        "  v1-384, 12 heads, bf16  N=128 1.50x, N=1024 4.00x",
+        "  v1-384, 12 heads, fp32  N=512 5.00x",
+    ]
     assert ratios(rows[1:2]) == ""
 
 
@@ -374,6 +440,52 @@ def test_exponential_chains() -> None:
     torch.testing.assert_close(out, expected)
 
 
+def described(argument: Any) -> Any:
+    """A kernel's argument; of tensors what the compiler sees."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.is_contiguous()
+    return tuple(map(described, argument)) if isinstance(argument, tuple) else argument
+
+
+def description(launch: Launch) -> Any:
+    """All but the last scale: the row's weight, which depends on the batch."""
+    arguments = {name: described(value) for name, value in launch.arguments.items()}
+    *scales, _ = arguments.pop("scales", (None,))
+    return launch.kernel, launch.programs, launch.options, [scale and round(scale, 6) for scale in scales], arguments
+
+
+@pytest.mark.parametrize(("n", "kernels"), [(8, {"resident"}), (40, set(_launches.SWEEPS))])
+def test_launches_are_the_librarys(n: int, kernels: set[str], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed or compiled alone is what a call of the loss launches: kernels, tiles and constants."""
+    teacher, student, _ = make_inputs(replace(SMALL, n=n), device)
+    made: list[Launch] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Launch, "run", lambda launch, device: made.append(launch))
+        loss = fused_minilm_loss(teacher, student, SMALL.relations, implementation="triton")
+        torch.autograd.grad(loss, student)
+    library, alone = [description(launch) for launch in made], []
+    for kernel in kernels:
+        relations = _launches.make_relations(kernel, SMALL.relations, teacher, student)
+        launch = _launches.make_launch(kernel, relations, architecture(torch.device(device)))
+        assert description(launch) in library, kernel
+        assert description(launch) not in alone, kernel
+        alone.append(description(launch))
+
+
+def test_candidates_of_tiles_are_launched_as_asked() -> None:
+    case = gpu_case("v2-48", 512)
+    small = make_inputs(replace(case, batch=1, n=40, heads=1), "cpu")
+    for kernel, count in {"forward": 3, "rows": 1, "keys": 1, "self": 3}.items():
+        relations = tile_bench.relations_of(kernel, case.relations, small)
+        assert len(relations.x_s) == count
+        shapes = tile_bench.candidates(kernel)
+        assert len(set(shapes)) == len(shapes)
+        for shape in shapes:
+            launch = _launches.make_launch(kernel, relations, 90, shape)
+            assert (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) == shape[:2]
+            assert (launch.num_warps, launch.num_stages, launch.max_registers) == shape[2:]
+
+
 def test_loss_bench_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,8 +511,11 @@ def test_loss_bench_on_a_cpu(
 
     assert loss_bench.main([*arguments, "--n", "24", "--providers", "eager"]) == 0
     assert len(read_csv(LossRow, tmp_path / "loss_bench_cpu.csv")) == len(rows)
+    capsys.readouterr()
     assert loss_bench.main([*own, "--seconds", "0"]) == 0
-    assert "time is up (--seconds), 12 rows not measured" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "time is up (--seconds), 12 rows not measured" in shown
+    assert "\n\n" not in shown
 
 
 def test_a_deadline_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,6 +545,9 @@ def test_loss_bench_says_when_something_is_wrong(
     assert "WRONG" in capsys.readouterr().out
     assert loss_bench.main([*own, "--heads", "7"]) == 2
     assert "--heads 7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        loss_bench.main([*own, "--heads", "0"])
+    assert "argument --heads: must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_step_bench_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None) -> None:
@@ -459,6 +577,22 @@ def test_largest_batch(room: int) -> None:
     assert len(asked) == len(set(asked)) <= 14
 
 
+@pytest.mark.parametrize("main", [tile_bench.main, profile_kernels.main], ids=["tile_bench", "profile_kernels"])
+def test_what_needs_a_gpu_says_so(main: Any, capsys: pytest.CaptureFixture[str], no_gpu: None) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("this machine has no CUDA device")
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+
+
+def test_encoder_quality_names_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = tmp_path / "there.parquet"
+    there.touch()
+    gone = [str(tmp_path / name) for name in ("stsb.parquet", "trec.parquet")]
+    assert encoder_quality.main(["model", "--stsb", gone[0], "--trec", str(there), gone[1]]) == 2
+    assert capsys.readouterr().err == f"no such file: {gone[0]}, {gone[1]}\n"
+
+
 def test_run_gpu_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None) -> None:
     assert run_gpu.main(["--out", str(tmp_path / "out")]) == 2
     assert "python bench/loss_bench.py" in capsys.readouterr().err
@@ -471,7 +605,7 @@ def test_truncation_bench_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(truncation_bench, "CASES", {"tiny": (tiny, 2, 4, 2, 48)})
     assert truncation_bench.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
     rows = list(csv.DictReader((tmp_path / "truncation_cpu.csv").read_text().splitlines()))
-    assert [(row["case"], row["part"], row["commit"]) for row in rows] == [
+    assert [(row["case"], row["work"], row["commit"]) for row in rows] == [
         ("tiny", "teacher", "abc"),
         ("tiny", "step", "abc"),
     ]

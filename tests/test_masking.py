@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_text import tiny_tokenizer
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minilm.objectives.masking import HELD_OUT, Masking
 
 
 def rows(count: int, length: int) -> dict[str, Tensor]:
-    """Random tokens between a first and a last special one, the last quarter of each second row padding."""
+    """Random tokens between a first and a last special one, the last quarter of each second row behind the mask."""
     tokenizer = tiny_tokenizer()
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
@@ -21,7 +22,6 @@ def rows(count: int, length: int) -> dict[str, Tensor]:
     mask[1::2, -(length // 4) :] = 0
     ids[:, 0] = tokenizer.cls_token_id
     ids[:, -1] = tokenizer.sep_token_id
-    ids[mask == 0] = tokenizer.pad_token_id
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -64,12 +64,27 @@ def test_a_text_is_masked_alike_wherever_it_comes_and_anew_in_every_step() -> No
 def test_the_words_of_a_wordpiece_tokenizer_are_masked_whole() -> None:
     tokenizer, batch = tiny_tokenizer(), rows(300, 60)
     continues = torch.tensor([token.startswith("##") for token in tokens_of(tokenizer)])[batch["input_ids"]]
+    continues &= batch["attention_mask"] == 1
     assert continues.float().mean() > 0.05
     chosen = Masking(tokenizer, whole_words=True)(batch, 0)["labels"] != -100
     assert torch.equal(chosen[:, 2:][continues[:, 2:]], chosen[:, 1:-1][continues[:, 2:]])
     begins = ~continues & (batch["attention_mask"] == 1)
     begins[:, [0, -1]] = False
     assert chosen[begins].float().mean() == pytest.approx(0.15, abs=0.015)
+
+
+def test_a_word_ends_where_a_text_ends() -> None:
+    """Byte-level BPE marks the words that follow a space; the first of a text follows none."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", "<mask>", "\u0120a", "b", "c"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), bos_token="<s>", eos_token="</s>", mask_token="<mask>"
+    )
+    row = tokenizer.convert_tokens_to_ids(["<s>", "b", "\u0120a", "c", "</s>", "b", "</s>"])
+    masking = Masking(tokenizer, whole_words=True, probability=0.5)
+    drawn = [masking({"input_ids": torch.tensor([row])}, step)["labels"][0] != -100 for step in range(20)]
+    assert all(labels[2] == labels[3] for labels in drawn)
+    for word, other in ((1, 2), (2, 5), (1, 5)):
+        assert any(labels[word] != labels[other] for labels in drawn)
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -14,13 +14,14 @@ import pytest
 BENCH = Path(__file__).parent.parent / "bench"
 PROGRAM = """
 import csv, sys
+from dataclasses import asdict, fields
 import torch
 from static_report import Row, Variant, measure
-writer = csv.writer(sys.stdout)
-writer.writerow(Row._fields)
+writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Row)])
+writer.writeheader()
 for target, kernel, d_t, d_s, bounded in (line.split() for line in sys.stdin):
     variant = Variant(kernel, int(d_t), int(d_s), torch.bfloat16, bounded == "True")
-    writer.writerow(measure(target, variant))
+    writer.writerow(asdict(measure(target, variant)))
 """
 # Instructions and exponentials per element of the unmasked main loop on sm_90 at d_T = 64, d_S = 32.
 LIMITS = {

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.cli.arguments import Arguments, own_arguments
 from minilm.cli.flags import ModelArguments, ObjectiveArguments
 from minilm.errors import UsageError
+from minilm.models.continued import load_student
 from minilm.models.embeddings import SentenceFiles
 from minilm.models.heads import check_output
 from minilm.models.probes import check_no_films, probe_inputs
@@ -16,11 +17,11 @@ from minilm.models.students import build_student
 from minilm.objectives.embedding import sentence_embedding
 from minilm.objectives.masking import Masking
 from minilm.objectives.parsing import parse_layer_map, parse_relations
-from minilm.objectives.systems import SYSTEMS, with_soft_labels
+from minilm.objectives.systems import SYSTEMS, own_defaults, with_soft_labels
 from minilm.objectives.term import Objective, Term
 
 PARSED = {"relations": parse_relations, "layer_map": parse_layer_map}
-# Flags of terms that go with every system.
+# Flags of terms that go with every system, unless it has such a term of its own.
 _OF_ALL = ("objective", "output_weight", "output_temperature", "embedding_weight", "embedding_loss", "pooling")
 _OF_MASKING = ("mlm_probability", "whole_word_masking")
 
@@ -58,16 +59,7 @@ def student_and_objective(
     model, objective, training = arguments.model, arguments.objective, arguments.training
     check_no_films(teacher)
     options = system_options(objective, model)
-    student = build_student(
-        teacher,
-        num_layers=model.student_num_layers,
-        hidden_size=model.student_hidden_size,
-        num_heads=model.student_num_heads,
-        intermediate_size=model.student_intermediate_size,
-        init=model.student_init,
-        seed=training.seed,
-        with_head=needs_head(arguments),
-    )
+    student = _student(arguments, teacher)
     if needs_head(arguments):
         for with_head in (teacher, student):
             check_output(with_head, probe_inputs(with_head))
@@ -107,6 +99,22 @@ def _embedding(
     ]
 
 
+def _student(arguments: Arguments, teacher: PreTrainedModel) -> PreTrainedModel:
+    model, seed, with_head = arguments.model, arguments.training.seed, needs_head(arguments)
+    if model.student is not None:
+        return load_student(model.student, teacher, with_head=with_head, seed=seed)
+    return build_student(
+        teacher,
+        num_layers=model.student_num_layers,
+        hidden_size=model.student_hidden_size,
+        num_heads=model.student_num_heads,
+        intermediate_size=model.student_intermediate_size,
+        init=model.student_init,
+        seed=seed,
+        with_head=with_head,
+    )
+
+
 def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict[str, Any]:
     """What the flags that were set say to the system, by their names.
 
@@ -114,9 +122,10 @@ def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict
     """
     system = SYSTEMS[objective.objective]
     takes = {*inspect.signature(system.terms).parameters, *(_OF_MASKING if system.masked else ())}
-    flags = {field.name: field.default for field in dataclasses.fields(objective) if field.name not in _OF_ALL}
+    fields = (field for field in dataclasses.fields(objective) if field.name in takes or field.name not in _OF_ALL)
+    flags = {field.name: field.default for field in fields}
     given = {name: getattr(objective, name) for name in flags} | {"teacher_layer": model.teacher_layer}
-    flags["teacher_layer"] = -1
+    flags |= {"teacher_layer": -1} | own_defaults(objective.objective)
     options = {}
     for name, value in given.items():
         if value == flags[name]:

@@ -4,7 +4,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from minilm.cli.rehearsal import rehearsal_arguments, rehearse
 from minilm.cli.report import Metrics, overview, publish_report
 from minilm.cli.serving import serves
 from minilm.cli.trial import try_out
+from minilm.data.vocabulary import cut_tokenizer
 from minilm.errors import UsageError, reason, tried
 from minilm.models.agreement import FEWEST_TEXTS, Agreement
 from minilm.models.batches import check_packable
@@ -34,7 +35,8 @@ from minilm.models.probes import base_of
 from minilm.models.sentence_modules import SentenceHead, read_head
 from minilm.models.speed import measure_speed
 from minilm.models.students import count_parameters
-from minilm.models.teachers import auto_class, quiet, read_teacher
+from minilm.models.teachers import auto_class, check_length, quiet, read_teacher
+from minilm.models.vocabulary import cut_embeddings
 from minilm.objectives.embedding import embedding_of
 from minilm.objectives.term import Objective
 from minilm.training.arguments import check_arguments
@@ -57,6 +59,7 @@ class Models(NamedTuple):
     processor: Processor
     saved_processor: Any  # as it is saved with the student
     sentences: SentenceFiles | None  # of the teacher
+    size: dict[str, int]  # of the teacher as it was loaded, its parameters
 
 
 @dataclass
@@ -100,7 +103,11 @@ def _prepare(arguments: Arguments, next_run: Arguments | None) -> Run:
     models = _build(arguments, next_run)
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, models.teacher, models.processor)
-    identity = run_identity(arguments, models.objective, models.teacher, models.student, inputs.fingerprint)
+    if inputs.description["max_length"]:
+        check_length("student", models.student, inputs.description["max_length"])
+    if inputs.vocabulary:
+        models = _cut(models, inputs.vocabulary.kept)
+    identity = run_identity(arguments, models.objective, models.teacher, models.student, inputs)
     if checkpoint:
         check_same_run(checkpoint, identity)
         check_resume(checkpoint, training)
@@ -134,7 +141,17 @@ def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
         check_packable(student)
         if objective.student.output and not has_vocabulary_head(teacher):
             raise UsageError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
-    return Models(name, teacher, student, objective, processor, saved_processor, sentences)
+    return Models(name, teacher, student, objective, processor, saved_processor, sentences, count_parameters(teacher))
+
+
+def _cut(models: Models, kept: Sequence[int]) -> Models:
+    """Both models know the kept tokens alone, so that they read the same text under the same numbers."""
+    for model in (models.teacher, models.student):
+        with tried("cannot cut the embeddings to --student_vocabulary"):
+            cut_embeddings(model, kept)
+    tokenizers = cast(list[PreTrainedTokenizerBase], [models.processor, models.saved_processor])
+    processor, saved = (cut_tokenizer(tokenizer, kept) for tokenizer in tokenizers)
+    return models._replace(processor=processor, saved_processor=saved)
 
 
 def _make_trainer(arguments: Arguments, models: Models, inputs: Inputs) -> DistillationTrainer:
@@ -179,7 +196,7 @@ def _known(
         "layer_map": arguments.objective.layer_map,
         "teacher": {"name": arguments.model.teacher or TEACHER_NAME, **sizes(teacher)},
         "student": {"name": training.output_dir, **sizes(student)},
-        "parameters": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
+        "parameters": {"teacher": models.size, "student": count_parameters(student)},
         "data": inputs.description | {"sequences_per_step": at_once * training.gradient_accumulation_steps},
         "steps_before_resuming": _step(checkpoint) if checkpoint else 0,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

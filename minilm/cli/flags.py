@@ -23,6 +23,13 @@ class ModelArguments:
         default=-1,
         metadata=_about("Teacher layer whose relations are learnt: 1 to L from the bottom, or -1 to -L.", "L"),
     )
+    student: str | None = field(
+        default=None,
+        metadata=_about(
+            "Student that goes on from its weights, a folder or a name on the hub, in place of the sizes below.",
+            "NAME|DIR",
+        ),
+    )
     student_num_layers: int | None = field(
         default=None, metadata=_about("Layers of the student (default: the teacher's).", "M")
     )
@@ -42,6 +49,14 @@ class ModelArguments:
             "Numbers in the student's sentence vectors, with --embedding_weight (default: the teacher's). With the "
             "student's own width no dense layer is saved.",
             "E",
+        ),
+    )
+    student_vocabulary: int | None = field(
+        default=None,
+        metadata=_about(
+            "Tokens of the student: the N that the training text uses most (of a stream its first 100,000 texts), and "
+            "beyond N the special ones, single letters and what the merges of BPE need (default: the teacher's).",
+            "N",
         ),
     )
     student_init: Literal["auto", "random", "layers", "slice", "pca"] = field(
@@ -112,11 +127,12 @@ class ObjectiveArguments:
 
     _argument_group_name = "objective"
 
-    objective: Literal["minilm", "minilm-v2", "embedding"] = field(
+    objective: Literal["minilm", "minilm-v2", "mlm-kd", "distilbert", "embedding"] = field(
         default="minilm",
         metadata=_about(
-            "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; embedding: the vectors of "
-            "sentences alone."
+            "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm-kd: the teacher's logits "
+            "of masked tokens; distilbert: its logits of all tokens, the masked LM's loss and the cosine of the last "
+            "hidden states; embedding: the vectors of sentences alone."
         ),
     )
     relations: str | None = field(
@@ -148,7 +164,7 @@ class ObjectiveArguments:
         ),
     )
     output_temperature: float = field(
-        default=1.0, metadata=_about("Divides the logits of both models in the output loss.", "T")
+        default=1.0, metadata=_about("Divides the logits of both models in the output loss (of distilbert: 2).", "T")
     )
     embedding_weight: float | None = field(
         default=None,

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from minilm.cli.arguments import Arguments, own_arguments
+from minilm.cli.inputs import Inputs
 from minilm.models.layers import num_layers, resolve_layer
 from minilm.objectives.term import Objective
 
@@ -33,21 +34,17 @@ _MAY_CHANGE = """
 """
 # Told by what they come to: weights, sizes, the numbers of layers, the loss, the content of the data.
 _TOLD_OTHERWISE = """
-    teacher teacher_layer data student_num_layers student_hidden_size student_num_heads assistant_num_layers
-    assistant_hidden_size relations relation_heads implementation
+    teacher teacher_layer data student student_num_layers student_hidden_size student_num_heads
+    assistant_num_layers assistant_hidden_size relations relation_heads implementation
 """
 
 MAY_CHANGE, TOLD_OTHERWISE = frozenset(_MAY_CHANGE.split()), frozenset(_TOLD_OTHERWISE.split())
 
 
 def run_identity(
-    arguments: Arguments, objective: Objective, teacher: PreTrainedModel, student: PreTrainedModel, data: str
+    arguments: Arguments, objective: Objective, teacher: PreTrainedModel, student: PreTrainedModel, inputs: Inputs
 ) -> dict[str, Any]:
-    """JSON-able; in the order in which `minilm.training.runs.check_same_run` compares.
-
-    Args:
-        data: the fingerprint of what is trained on.
-    """
+    """JSON-able; in the order in which `minilm.training.runs.check_same_run` compares."""
     training = arguments.training
     own = own_arguments(arguments)
     theirs: dict[str, Any] = training.to_dict()  # type: ignore[no-untyped-call]
@@ -61,8 +58,10 @@ def run_identity(
         **{name: value for name, value in theirs.items() if name not in MAY_CHANGE},
         "sequences_per_step": at_once * training.gradient_accumulation_steps,
         **({"sequences_at_once": at_once} if _order_depends_on_batch(training, arguments.data.streaming) else {}),
+        "fingerprint of the data": inputs.fingerprint,
+        **({"hash of the student's tokens": inputs.vocabulary.fingerprint} if inputs.vocabulary else {}),
         "hash of the teacher's weights": hash_weights(teacher),
-        "fingerprint of the data": data,
+        **({"hash of the student's first weights": hash_weights(student)} if arguments.model.student else {}),
     }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from transformers import (
@@ -11,7 +11,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
 
 from minilm.cli.arguments import Arguments
@@ -21,11 +20,15 @@ from minilm.data.fingerprints import fingerprint_texts
 from minilm.data.images import find_images, load_images, stack_images
 from minilm.data.packing import PackingCollator, pack
 from minilm.data.streams import TextStream
-from minilm.data.texts import Found, find_sources, fingerprint_source, load_splits, split_heldout, tokenize
+from minilm.data.texts import Found, Texts, find_sources, fingerprint_source, split_heldout, split_texts, tokenize
+from minilm.data.vocabulary import Vocabulary, choose_vocabulary, count_stream, count_tokens, cut_tokenizer
 from minilm.errors import UsageError
 from minilm.models.teachers import resolve_length
+from minilm.models.vocabulary import named_tokens
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor
+# Of a stream that is counted: the same texts however many processes will train.
+_ONE_READER = {"batch_size": 1000, "packing": False, "rank": 0, "world_size": 1, "num_workers": 0}
 Collator = Callable[[list[dict[str, Any]]], Any]
 
 
@@ -33,7 +36,8 @@ Collator = Callable[[list[dict[str, Any]]], Any]
 class Inputs:
     """Data sets with their collator, and what a report says of them.
 
-    `fingerprint` tells the data by their content: the same wherever they lie, another where they changed.
+    `fingerprint` tells the data by their content: the same wherever they lie, another where they changed. `vocabulary`
+    is what --student_vocabulary keeps of the teacher's: the numbers of the tokens are then those of its own.
     """
 
     train: datasets.Dataset | TextStream
@@ -41,26 +45,28 @@ class Inputs:
     collator: Collator
     description: dict[str, Any]
     fingerprint: str
+    vocabulary: Vocabulary | None
 
 
 def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Processor) -> Inputs:
-    """Everything that stands under --data, in the teacher's inputs.
+    """Everything that stands under --data, in the teacher's inputs, or the smaller vocabulary's.
 
     Raises:
         ValueError: nothing there, no such column, flags that do not go together.
     """
     own = docstrings() if arguments.demo else []
     found: Found = {}
+    vocabulary = None
     if not isinstance(processor, PreTrainedTokenizerBase):
-        _check_image_flags(arguments.data)
+        _check_image_flags(arguments)
         found = {source: find_images(source) for source in arguments.data.data or []}
         (train, heldout), copies, max_length = _images(arguments.data, processor, found), 0, None
         collator: Collator = stack_images
     else:
         max_length = resolve_length(teacher, processor, arguments.data.max_length)
         found = find_sources(arguments.data.data or [])
-        train, heldout, copies = _texts(arguments, own, processor, max_length, found)
-        collator = _collator(processor, max_length)
+        (train, heldout, copies), tokenizer, vocabulary = _texts(arguments, own, teacher, processor, max_length, found)
+        collator = _collator(tokenizer, max_length)
     packing = arguments.data.packing
     sequences = None if isinstance(train, TextStream) else len(train)
     if packing and not isinstance(train, TextStream):
@@ -74,12 +80,14 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         "max_length": max_length,
         "packed": packing,
     }
+    if vocabulary:
+        description["vocabulary"] = {"kept": len(vocabulary.kept), "of": vocabulary.whole, "share": vocabulary.share}
     if copies:
         description["copies_left_out"] = copies
     if files := {source: str(chosen) for source, chosen in found.items() if chosen and Path(source).is_dir()}:
         description["files"] = files  # of each folder what was read and left out
     fingerprint = fingerprint_texts(own) if arguments.demo else _fingerprint(arguments.data, found)
-    return Inputs(train, heldout, collator, description, fingerprint)
+    return Inputs(train, heldout, collator, description, fingerprint, vocabulary)
 
 
 def _fingerprint(data: DataArguments, found: Found) -> str:
@@ -88,54 +96,78 @@ def _fingerprint(data: DataArguments, found: Found) -> str:
     return parts[0] if len(parts) == 1 else fingerprint_texts(parts)
 
 
+class _Tokenised(NamedTuple):
+    splits: tuple[datasets.Dataset | TextStream, datasets.Dataset, int]  # to train on, held out, copies left out
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary | None
+
+
 def _texts(
-    arguments: Arguments, own: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, found: Found
-) -> tuple[datasets.Dataset | TextStream, datasets.Dataset, int]:
-    """(to train on, held out, copies of held-out texts left out); `own` are the demonstration's texts, all distinct."""
-    data = arguments.data
-    if arguments.demo:
-        parts = split_heldout(datasets.Dataset.from_dict({"text": own}))
-        train, heldout = (tokenize(part, tokenizer, max_length) for part in parts)
-        return train, heldout, 0
-    assert data.data is not None
-    where: dict[str, Any] = {
-        "config": data.data_config,
-        "text_column": data.text_column,
-        "weights": data.data_weights,
-        "found": found,
-    }
-    if not data.streaming:
-        return load_splits(data.data, tokenizer, max_length, **where)
-    stream = _stream(data, tokenizer, max_length, arguments.training, where)
-    return stream, tokenize(stream.heldout, tokenizer, max_length), 0
-
-
-def _stream(
-    data: DataArguments,
+    arguments: Arguments,
+    own: list[str],
+    teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    training: TrainingArguments,
-    where: dict[str, Any],
-) -> TextStream:
+    found: Found,
+) -> _Tokenised:
+    """Sequences to train on and held out, by the teacher's tokenizer or what --student_vocabulary leaves of it."""
+    size, vocabulary = arguments.model.student_vocabulary, None
+    texts = None if arguments.data.streaming else _indexed(arguments.data, own, found)
+    if size is not None:
+        if texts:
+            counts = count_tokens(texts, tokenizer, max_length)
+        else:
+            counts = count_stream(_stream(arguments, tokenizer, max_length, found, **_ONE_READER))
+        vocabulary = choose_vocabulary(tokenizer, counts, size, named_tokens(teacher))
+        tokenizer = cut_tokenizer(tokenizer, vocabulary.kept)
+    if texts:
+        return _Tokenised(texts.tokenize(tokenizer, max_length), tokenizer, vocabulary)
+    stream = _stream(arguments, tokenizer, max_length, found)
+    return _Tokenised((stream, tokenize(stream.heldout, tokenizer, max_length), 0), tokenizer, vocabulary)
+
+
+def _indexed(data: DataArguments, own: list[str], found: Found) -> Texts:
+    """`own` are the demonstration's texts, all distinct."""
+    if own:
+        train, heldout = split_heldout(datasets.Dataset.from_dict({"text": own}))
+        return Texts([train], heldout)
     assert data.data is not None
-    return TextStream(
-        data.data,
-        tokenizer,
-        batch_size=training.train_batch_size,
-        max_length=max_length,
-        packing=data.packing,
-        shuffle_buffer=data.shuffle_buffer,
-        seed=training.seed if training.data_seed is None else training.data_seed,
-        rank=training.process_index,
-        world_size=training.world_size,
-        num_workers=training.dataloader_num_workers,
-        **where,
+    return split_texts(
+        data.data, config=data.data_config, text_column=data.text_column, weights=data.data_weights, found=found
     )
 
 
-def _check_image_flags(data: DataArguments) -> None:
-    for flag in ("streaming", "packing", "data_weights", "max_length"):
-        if getattr(data, flag):
+def _stream(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, max_length: int, found: Found, **other: Any
+) -> TextStream:
+    """This process's texts, or with `other` settings other ones."""
+    data, training = arguments.data, arguments.training
+    assert data.data is not None
+    settings: dict[str, Any] = {
+        "batch_size": training.train_batch_size,
+        "packing": data.packing,
+        "rank": training.process_index,
+        "world_size": training.world_size,
+        "num_workers": training.dataloader_num_workers,
+    }
+    return TextStream(
+        data.data,
+        tokenizer,
+        max_length=max_length,
+        shuffle_buffer=data.shuffle_buffer,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        config=data.data_config,
+        text_column=data.text_column,
+        weights=data.data_weights,
+        found=found,
+        **{**settings, **other},
+    )
+
+
+def _check_image_flags(arguments: Arguments) -> None:
+    flags = {"student_vocabulary": arguments.model.student_vocabulary, **vars(arguments.data)}
+    for flag in ("streaming", "packing", "data_weights", "max_length", "student_vocabulary"):
+        if flags[flag]:
             raise UsageError(f"--{flag} is for texts, and the teacher takes images")
 
 

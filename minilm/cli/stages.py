@@ -38,6 +38,7 @@ def stages(arguments: Arguments) -> list[Arguments]:
         student_num_heads=None,
         student_intermediate_size=None,
         student_embedding_dim=None,
+        student_vocabulary=None,
         student_init="auto" if model.student_init == "layers" else model.student_init,  # the student's are this one's
     )
     finished = (folder / METRICS).exists()

@@ -40,6 +40,25 @@ class Splits(NamedTuple):
     copies: int  # of held-out texts, which are left out of training
 
 
+class Texts(NamedTuple):
+    """Texts to train on, a data set for each weight, and held out, in the column "text"."""
+
+    trains: list[datasets.Dataset]
+    heldout: datasets.Dataset
+    copies: int = 0  # of held-out texts, which are left out of training
+    shares: list[float] | None = None  # by which the data sets are mixed
+
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Splits:
+        """Sequences as `tokenize` gives them, mixed. Raises `OSError` if the cache of `datasets` cannot be written."""
+        with cache_faults():
+            sequences = [tokenize(train, tokenizer, max_length) for train in self.trains]
+            held = tokenize(self.heldout, tokenizer, max_length)
+            if self.shares is None:
+                return Splits(sequences[0], held, self.copies)
+            mixed = datasets.interleave_datasets(sequences, self.shares, seed=0, stopping_strategy="all_exhausted")
+        return Splits(mixed, held, self.copies)
+
+
 def load_texts(sources: Sequence[str], *, config: str | None = None, text_column: str = "text") -> datasets.Dataset:
     """All texts of the sources, in their order, as a data set with the one column "text".
 
@@ -57,17 +76,20 @@ def load_texts(sources: Sequence[str], *, config: str | None = None, text_column
     return _concatenated(parts)
 
 
-def load_splits(
+def load_splits(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, **where: Any) -> Splits:
+    """Sequences of the texts that `split_texts` gives for the same arguments; raises as it and `Texts.tokenize`."""
+    return split_texts(sources, **where).tokenize(tokenizer, max_length)
+
+
+def split_texts(
     sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
     *,
     config: str | None = None,
     text_column: str = "text",
     weights: Sequence[float] | None = None,
     found: Found | None = None,
-) -> Splits:
-    """Sequences of the sources, as `tokenize` gives them, the training ones mixed by the weights.
+) -> Texts:
+    """Texts of the sources, the training ones to be mixed by the weights.
 
     No held-out text is trained on, not as a copy either. With weights the held-out part is taken from each source by
     its weight, before anything repeats.
@@ -92,13 +114,7 @@ def load_splits(
     heldout = datasets.concatenate_datasets([part for _, part in parts])
     trains = [without_copies(train, heldout) for train, _ in parts]
     copies = sum(len(train) - len(rest) for (train, _), rest in zip(parts, trains, strict=True))
-    with cache_faults():
-        sequences = [tokenize(train, tokenizer, max_length) for train in trains]
-        held = tokenize(heldout, tokenizer, max_length)
-        if shares is None:
-            return Splits(sequences[0], held, copies)
-        mixed = datasets.interleave_datasets(sequences, shares, seed=0, stopping_strategy="all_exhausted")
-    return Splits(mixed, held, copies)
+    return Texts(trains, heldout, copies, shares)
 
 
 def without_copies(train: datasets.Dataset, heldout: datasets.Dataset) -> datasets.Dataset:

@@ -61,8 +61,8 @@ class Masking:
         key = _mix((_mix(ids + (place << 32)) * token).sum(1, keepdim=True) + _mix(place.new_tensor(self._salt(step))))
         unit = place.expand_as(ids)
         if self._begins is not None:
-            after_special = torch.nn.functional.pad(special[:, :-1], (1, 0), value=True)
-            unit = (self._begins.to(ids.device)[ids] | special | after_special).cumsum(1)
+            after_special = torch.nn.functional.pad(special[:, :-1], (1, 0))
+            unit = (self._begins.to(ids.device)[ids] | after_special).cumsum(1)
         chosen = (_uniform(key, unit, 1) < self.probability) & token & ~special
         what = _uniform(key, place, 2)
         other = (_uniform(key, place, 3) * len(self._special)).long()
