@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import CommandLine
+from safetensors.torch import load_file
 from test_serving import add_sentence_files
 from tiny_text import lines, write_lines
 from transformers import AutoModel, AutoTokenizer
 
 from minilm.cli.demo import teacher_folder
+from minilm.models.agreement import Agreement
 from minilm.models.embeddings import sentence_files
 from minilm.models.sentence_modules import Dense, Normalize, SentenceHead, read_head, write_head
 
@@ -65,10 +67,25 @@ def test_the_embedding_alone_trains_the_whole_student(command: CommandLine, teac
     assert (own_vectors("out") - encoded("out")).abs().max() < 1e-6
 
 
-def test_a_narrower_student_gets_a_dense_layer_and_goes_on_bitwise(command: CommandLine, teacher: str) -> None:
+def test_a_narrower_student_gets_a_dense_layer_and_goes_on_bitwise(
+    command: CommandLine, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add_sentence_files(teacher, "cls")
     flags = ["--student_hidden_size", "16", "--embedding_weight", "0.5", "--student_embedding_dim", "24"]
-    metrics = distil(command, teacher, "out", *flags)
+    heads: list[dict[str, torch.Tensor]] = []
+    similarities = Agreement.similarities
+
+    def noted(self: Agreement, model: torch.nn.Module, head: SentenceHead) -> torch.Tensor:
+        heads.append({name: x.clone() for name, x in head.state_dict().items()})
+        return similarities(self, model, head)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Agreement, "similarities", noted)
+        metrics = distil(command, teacher, "out", *flags)
+    of_teacher, untrained, trained = heads
+    assert not of_teacher
+    assert not torch.equal(untrained["further.0.weight"], trained["further.0.weight"])
+    assert torch.equal(trained["further.0.weight"], load_file(Path("out/2_Dense/model.safetensors"))["linear.weight"])
     assert metrics["parts"] == {"qk": 1.0, "vv": 1.0, "embedding": 0.5}
     assert metrics["pooling"] == ["cls"]
     shutil.copytree("out/checkpoint-2", "again/checkpoint-2")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from embedding_step import one_step
+from embedding_step import objective, one_step
+from one_step import trainer
 from safetensors.torch import load_file
 from test_trainer import assert_close
 from tiny_models import tiny_model
@@ -151,6 +152,7 @@ def test_rows_of_several_sentences_are_taken_apart() -> None:
         (16, 8, (16, 8), (8, 32)),
         (16, 32, (16, 32), None),
         (32, 32, None, None),
+        (32, 16, (32, 16), (16, 32)),
     ],
 )
 def test_what_is_learnt_beside_the_student(
@@ -168,6 +170,14 @@ def test_what_is_learnt_beside_the_student(
         vectors = torch.randn(5, 16)
         wider = made.student_head.further(vectors)
         torch.testing.assert_close(wider @ wider.mT, vectors @ vectors.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_of_a_student_in_shards_the_gathered_weights_are_saved(tmp_path: Path) -> None:
+    run = trainer(tmp_path, criterion=objective())
+    gathered = {name: tensor + 1 for name, tensor in run.model.state_dict().items()}
+    run._save(str(tmp_path / "out"), state_dict=gathered)
+    saved = load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")
+    assert torch.equal(saved["linear.weight"], run.terms[0].student_head.further[0].weight + 1)
 
 
 def test_of_images_there_are_no_sentences() -> None:

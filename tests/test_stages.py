@@ -40,6 +40,8 @@ def test_the_assistant_learns_first_and_teaches_then() -> None:
     assert (second.model.student_num_layers, second.model.student_hidden_size) == (2, 16)
     assert [run.training.output_dir for run in (first, second)] == [str(Path("out/assistant")), "out"]
     assert {run.objective.objective for run in (first, second)} == {"minilm-v2"}
+    dims = [run.model.student_embedding_dim for run in stages(parse(asked("--student_embedding_dim", "8")))]
+    assert dims == [None, 8]
     assert (first.model.student_init, second.model.student_init) == ("auto", "layers")
 
 

@@ -182,7 +182,7 @@ def _pool(
     ones = torch.ones_like(places)
 
     def mean(weights: Tensor) -> Tensor:
-        return total(hidden * weights) / total(weights).clamp(min=1)  # 0 without a token
+        return total(hidden * weights) / total(weights)
 
     vectors: dict[str, Callable[[], Tensor]] = {
         "cls": lambda: ends[0],
