@@ -111,9 +111,13 @@ class ObjectiveArguments:
 
     _argument_group_name = "objective"
 
-    objective: Literal["minilm", "minilm-v2"] = field(
+    objective: Literal["minilm", "minilm-v2", "tinybert", "tinybert-task"] = field(
         default="minilm",
-        metadata=_about("minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads."),
+        metadata=_about(
+            "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; tinybert: embeddings, hidden "
+            "states and attention scores, layer by layer; tinybert-task: these on a classifier's texts, in "
+            "OUTPUT_DIR/intermediate, and then its answers."
+        ),
     )
     relations: str | None = field(
         default=None,
@@ -123,9 +127,12 @@ class ObjectiveArguments:
         default=None,
         metadata=_about(
             "Which layers of the student learn from which of the teacher, student:teacher, as in 1:4,2:8,3:12 "
-            "(default: of relations the last from --teacher_layer).",
+            "(default: of relations the last from --teacher_layer; of tinybert each from a layer, evenly).",
             "PAIRS",
         ),
+    )
+    intermediate_steps: int | None = field(
+        default=None, metadata=_about("Steps of the first run of tinybert-task (default: as the second).", "N")
     )
     relation_heads: int | None = field(
         default=None,
