@@ -16,7 +16,7 @@ POSITIVE = {
     *("student_num_layers", "student_hidden_size", "student_num_heads", "student_intermediate_size"),
     *("assistant_num_layers", "assistant_hidden_size", "relation_heads", "max_length", "shuffle_buffer"),
     *("student_embedding_dim", "student_vocabulary", "data_weights", "ddp_timeout", "ddp_bucket_cap_mb"),
-    *("data_weights", "ddp_timeout", "ddp_bucket_cap_mb"),
+    "intermediate_steps",
 }
 BELOW_ONE = {"adam_beta1", "adam_beta2"}
 TEMPERATURES = {"relation_temperature", "output_temperature"}

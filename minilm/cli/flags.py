@@ -127,12 +127,14 @@ class ObjectiveArguments:
 
     _argument_group_name = "objective"
 
-    objective: Literal["minilm", "minilm-v2", "mlm-kd", "distilbert", "embedding"] = field(
+    objective: Literal["minilm", "minilm-v2", "mlm-kd", "distilbert", "tinybert", "tinybert-task", "embedding"] = field(
         default="minilm",
         metadata=_about(
             "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm-kd: the teacher's logits "
             "of masked tokens; distilbert: its logits of all tokens, the masked LM's loss and the cosine of the last "
-            "hidden states; embedding: the vectors of sentences alone."
+            "hidden states; tinybert: embeddings, hidden states and attention scores, layer by layer; tinybert-task: "
+            "these on a classifier's texts, in OUTPUT_DIR/intermediate, and then its answers; embedding: the vectors "
+            "of sentences alone."
         ),
     )
     relations: str | None = field(
@@ -143,9 +145,12 @@ class ObjectiveArguments:
         default=None,
         metadata=_about(
             "Which layers of the student learn from which of the teacher, student:teacher, as in 1:4,2:8,3:12 "
-            "(default: of relations the last from --teacher_layer).",
+            "(default: of relations the last from --teacher_layer; of tinybert each from a layer, evenly).",
             "PAIRS",
         ),
+    )
+    intermediate_steps: int | None = field(
+        default=None, metadata=_about("Steps of the first run of tinybert-task (default: as the second).", "N")
     )
     relation_heads: int | None = field(
         default=None,

@@ -5,22 +5,33 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
 from minilm.models.capture import QKV
 from minilm.models.heads import has_vocabulary_head
+from minilm.models.layers import num_layers
 from minilm.models.observe import Needs
 from minilm.models.probes import is_causal
 from minilm.models.students import observe_probe
 from minilm.objectives.hidden import HiddenCosine
+from minilm.objectives.hidden_mse import EMBEDDING, HiddenMSE
 from minilm.objectives.loss import MiniLMLoss
 from minilm.objectives.masked_lm import MaskedLM
 from minilm.objectives.outputs import SoftLabels, check_temperature
 from minilm.objectives.relations import Relations
+from minilm.objectives.scores import ScoresMSE
 from minilm.objectives.term import Objective, Term, Unit
 
 MINILM, MINILM_V2 = ("qk", "vv"), ("qq", "kk", "vv")
+
+
+class Stage(NamedTuple):
+    """A run that comes first; from its student the system's own run goes on."""
+
+    system: str
+    folder: str  # in the output folder
 
 
 class System(NamedTuple):
@@ -30,6 +41,7 @@ class System(NamedTuple):
     head: bool = False  # whether both models come with their heads
     masked: bool = False  # whether both see texts with masked tokens
     embedding_weight: float = 0.0  # of the sentence embedding beside the terms, where no flag says otherwise
+    first: Stage | None = None
 
 
 def minilm(
@@ -123,11 +135,52 @@ def embedding(teacher: PreTrainedModel, student: PreTrainedModel) -> list[Term]:
     return []
 
 
+def tinybert(
+    teacher: PreTrainedModel, student: PreTrainedModel, *, layer_map: Mapping[int, int] | None = None
+) -> list[Term]:
+    """TinyBERT's Transformer distillation (section 3.1, eq. 7 to 9): embeddings, hidden states, attention scores.
+
+    It is the whole of the general stage (section 3.2), and of the first half of the task's. One projection serves all
+    layers.
+
+    Args:
+        layer_map: the student's layers, each with the teacher's, instead of the uniform g(m) = m N / M (section 4.2).
+
+    Raises:
+        ValueError: a number of layers that does not divide the teacher's; a decoder, or a model of anything but texts.
+    """
+    for model in (teacher, student):
+        if model.main_input_name != "input_ids" or is_causal(model):
+            raise UsageError(
+                f"--objective tinybert compares the scores of all pairs of a text's tokens, and {type(model).__name__} "
+                + ("sees none ahead" if model.main_input_name == "input_ids" else f"takes {model.main_input_name}")
+            )
+    layers = _uniform_layers(teacher, student) if layer_map is None else layer_map
+    projection = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
+    return [HiddenMSE({EMBEDDING: EMBEDDING, **layers}, projection), ScoresMSE(layers)]
+
+
+def tinybert_task(teacher: PreTrainedModel, student: PreTrainedModel) -> list[Term]:
+    """TinyBERT's prediction-layer distillation (section 3.1, eq. 10), with T = 1 (section 4.2).
+
+    Raises:
+        ValueError: a teacher that is no classifier.
+    """
+    if has_vocabulary_head(teacher):
+        raise UsageError(
+            f"--objective tinybert-task learns a classifier's answers, and the teacher is a {type(teacher).__name__}: "
+            "fine-tune it on the task first"
+        )
+    return [SoftLabels("examples")]
+
+
 SYSTEMS: dict[str, System] = {
     "minilm": System(minilm),
     "minilm-v2": System(minilm_v2),
     "mlm-kd": System(mlm_kd, head=True, masked=True),
     "distilbert": System(distilbert, head=True, masked=True),
+    "tinybert": System(tinybert),
+    "tinybert-task": System(tinybert_task, head=True, first=Stage("tinybert", "intermediate")),
     "embedding": System(embedding, embedding_weight=1.0),
 }
 
@@ -174,6 +227,16 @@ def _layers(layer_map: Mapping[int, int] | None, teacher_layer: int) -> Mapping[
     if teacher_layer != -1:
         raise UsageError(f"teacher_layer is {teacher_layer} and layer_map {dict(layer_map)}: give one of them")
     return layer_map
+
+
+def _uniform_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[int, int]:
+    of_teacher, of_student = num_layers(teacher), num_layers(student)
+    if of_teacher % of_student:
+        raise UsageError(
+            f"the teacher's {of_teacher} layers are not divisible by the student's {of_student}: give --layer_map, as "
+            f"in 1:{max(1, of_teacher // of_student)},{of_student}:{of_teacher}"
+        )
+    return {layer: layer * of_teacher // of_student for layer in range(1, of_student + 1)}
 
 
 def _probed(teacher: PreTrainedModel, student: PreTrainedModel, layers: Mapping[int, int]) -> list[tuple[QKV, QKV]]:
