@@ -15,7 +15,7 @@ import torch
 from conftest import CommandLine
 from tiny_models import tiny_model
 from tiny_text import tiny_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.testing import assert_close
 from transformers import (
     AutoModel,
@@ -207,13 +207,33 @@ def test_bytes_spell_what_no_text_had() -> None:
 
 def test_an_unknown_letter_costs_what_it_did() -> None:
     """Of Unigram the piece with the least score stays, from which that cost is counted."""
-    pieces = [("<unk>", 0.0), ("a", -1.0), ("ab", -5.0), ("cb", -13.0), ("c", -2.0), ("zz", -9.0), ("q", -30.0)]
+    pieces = [("<unk>", 0.0), ("xb", -30.0), ("cde", -30.0), ("bcde", -1.0), ("unused", -5.0), ("rare", -100.0)]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), unk_token="<unk>")
-    counts = np.array([0, 1, 1, 1, 1, 1, 0])
-    vocabulary = choose_vocabulary(tokenizer, counts, 4)
-    assert vocabulary.kept == [0, 1, 2, 3, 4, 6]
+    vocabulary = choose_vocabulary(tokenizer, np.array([0, 1, 1, 1, 0, 0]), 3)
+    assert vocabulary.kept == [0, 1, 2, 3, 5]
     cut = cut_tokenizer(tokenizer, vocabulary.kept)
-    assert cut.tokenize("ccb") == tokenizer.tokenize("ccb") == ["c", "cb"]
+    assert cut.tokenize("xbcde") == tokenizer.tokenize("xbcde") == ["xb", "cde"]
+
+
+ENDS: list[Any] = [
+    processors.TemplateProcessing("[C] $A [S]", "[C] $A [S] $B [S]", [("[C]", 5), ("[S]", 6)]),
+    processors.BertProcessing(("[S]", 6), ("[C]", 5)),
+    processors.RobertaProcessing(("[S]", 6), ("[C]", 5)),
+    processors.Sequence([processors.ByteLevel(), processors.BertProcessing(("[S]", 6), ("[C]", 5))]),
+]
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_tokens_around_a_text_get_their_new_numbers(ends: Any) -> None:
+    """They stay though nothing else says that they are special."""
+    vocabulary = {text: number for number, text in enumerate(["?", "a", "unused", "##a", "ab", "[C]", "[S]"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="?"))
+    backend.post_processor = ends
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    kept = choose_vocabulary(tokenizer, np.array([0, 1, 0, 0, 0, 0, 0]), 1).kept
+    assert kept == [0, 1, 3, 5, 6]
+    cut = cut_tokenizer(tokenizer, kept)
+    assert cut(["a", "aa"])["input_ids"] == [[3, 1, 4], [3, 1, 2, 4]]
 
 
 def test_texts_count_by_their_weights() -> None:
@@ -356,7 +376,7 @@ def test_a_run_leaves_a_student_of_the_smaller_vocabulary_and_goes_on_bitwise(
     metrics = json.loads(Path("whole/metrics.json").read_text())
     data = metrics["data"]["vocabulary"]
     assert (data["kept"], data["of"]) == (rows, 1200)
-    assert f"; {rows:,} of the teacher's 1,200 tokens, which {data['share']:.1%} of the text's are" in out
+    assert f"; {rows:,} of the teacher's 1,200 tokens, {data['share']:.1%} of those in the text" in out
     embedding = {side: count["embedding"] for side, count in metrics["parameters"].items()}
     assert embedding["teacher"] - embedding["student"] == 32 * (1216 - rows)
 
