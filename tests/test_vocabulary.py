@@ -15,7 +15,7 @@ import torch
 from conftest import CommandLine
 from tiny_models import tiny_model
 from tiny_text import tiny_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.testing import assert_close
 from transformers import (
     AutoModel,
@@ -141,7 +141,6 @@ def test_heldout_words_of_kept_tokens_are_split_as_before(
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.get_vocab() == cut.get_vocab()
     assert len(cut) == len(vocabulary.kept) < len(whole) == vocabulary.whole
-    assert not list(tmp_path.glob("*.model"))
     same = other = 0
     for word in sorted(set(itertools.chain(*(text.split() for text in texts()[1::2])))):
         of_whole, of_cut = whole(word)["input_ids"], cut(word)["input_ids"]
@@ -158,14 +157,14 @@ def test_heldout_words_of_kept_tokens_are_split_as_before(
 def test_special_tokens_keep_their_parts(make: Callable[[], PreTrainedTokenizerBase]) -> None:
     """Those that stand around a text, or two, and the one that pads a batch, under their new numbers."""
     whole = make()
-    if whole.mask_token is None:
-        whole.add_special_tokens({"mask_token": "[behind all others]"})
+    whole.add_special_tokens({"mask_token": "[behind all others]"})
     vocabulary = chosen(whole)
     cut = cut_tokenizer(whole, vocabulary.kept)
     assert cut.special_tokens_map == whole.special_tokens_map
     for tokenizer in (whole, cut):
         assert tokenizer.mask_token_id == tokenizer.get_vocab()[tokenizer.mask_token]
     pairs = [tokenizer(["a", "a a"], ["a", "a a"], padding=True) for tokenizer in (whole, cut)]
+    assert cut_tokenizer(whole, vocabulary.kept).backend_tokenizer.padding["pad_id"] == cut.pad_token_id
     assert [[vocabulary.kept[token] for token in row] for row in pairs[1]["input_ids"]] == pairs[0]["input_ids"]
 
 
@@ -200,15 +199,41 @@ def chosen_texts(tokenizer: PreTrainedTokenizerBase, counts: Any, size: int) -> 
     return tokenizer.convert_ids_to_tokens(choose_vocabulary(tokenizer, counts, size).kept)
 
 
+def test_bytes_spell_what_no_text_had() -> None:
+    whole = bpe_with_every_merge()
+    cut = cut_tokenizer(whole, chosen(whole).kept)
+    assert cut.tokenize("Ж") == whole.tokenize("Ж") == ["▁", "<0xD0>", "<0x96>"]
+
+
 def test_an_unknown_letter_costs_what_it_did() -> None:
     """Of Unigram the piece with the least score stays, from which that cost is counted."""
-    pieces = [("<unk>", 0.0), ("a", -1.0), ("ab", -5.0), ("cb", -13.0), ("c", -2.0), ("zz", -9.0), ("q", -30.0)]
+    pieces = [("<unk>", 0.0), ("xb", -30.0), ("cde", -30.0), ("bcde", -1.0), ("unused", -5.0), ("rare", -100.0)]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), unk_token="<unk>")
-    counts = np.array([0, 1, 1, 1, 1, 1, 0])
-    vocabulary = choose_vocabulary(tokenizer, counts, 4)
-    assert vocabulary.kept == [0, 1, 2, 3, 4, 6]
+    vocabulary = choose_vocabulary(tokenizer, np.array([0, 1, 1, 1, 0, 0]), 3)
+    assert vocabulary.kept == [0, 1, 2, 3, 5]
     cut = cut_tokenizer(tokenizer, vocabulary.kept)
-    assert cut.tokenize("ccb") == tokenizer.tokenize("ccb") == ["c", "cb"]
+    assert cut.tokenize("xbcde") == tokenizer.tokenize("xbcde") == ["xb", "cde"]
+
+
+ENDS: list[Any] = [
+    processors.TemplateProcessing("[C] $A [S]", "[C] $A [S] $B [S]", [("[C]", 5), ("[S]", 6)]),
+    processors.BertProcessing(("[S]", 6), ("[C]", 5)),
+    processors.RobertaProcessing(("[S]", 6), ("[C]", 5)),
+    processors.Sequence([processors.ByteLevel(), processors.BertProcessing(("[S]", 6), ("[C]", 5))]),
+]
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_tokens_around_a_text_get_their_new_numbers(ends: Any) -> None:
+    """They stay though nothing else says that they are special."""
+    vocabulary = {text: number for number, text in enumerate(["?", "a", "unused", "##a", "ab", "[C]", "[S]"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="?"))
+    backend.post_processor = ends
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    kept = choose_vocabulary(tokenizer, np.array([0, 1, 0, 0, 0, 0, 0]), 1).kept
+    assert kept == [0, 1, 3, 5, 6]
+    cut = cut_tokenizer(tokenizer, kept)
+    assert cut(["a", "aa"])["input_ids"] == [[3, 1, 4], [3, 1, 2, 4]]
 
 
 def test_texts_count_by_their_weights() -> None:
@@ -337,6 +362,13 @@ def test_a_run_leaves_a_student_of_the_smaller_vocabulary_and_goes_on_bitwise(
     assert (code, err.count("\n")) == (2, 1)
     assert "belongs to another run: its student_vocabulary is 150, this run's is 151" in err
 
+    spelt = masked_lm / "tokenizer.json"
+    kept = spelt.read_text().replace('"the"', '"other"').replace('"of"', '"the"').replace('"other"', '"of"')
+    spelt.write_text(kept)
+    code, _, err = command(*argv, "--output_dir", "other")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "belongs to another run: its hash of the student's tokens is" in err
+
     tokenizer, student = AutoTokenizer.from_pretrained("whole"), AutoModel.from_pretrained("whole")
     rows = student.get_input_embeddings().num_embeddings
     assert len(tokenizer) == rows == student.config.vocab_size == students[0].get_output_embeddings().out_features
@@ -344,7 +376,7 @@ def test_a_run_leaves_a_student_of_the_smaller_vocabulary_and_goes_on_bitwise(
     metrics = json.loads(Path("whole/metrics.json").read_text())
     data = metrics["data"]["vocabulary"]
     assert (data["kept"], data["of"]) == (rows, 1200)
-    assert f"; {rows:,} of the teacher's 1,200 tokens, which {data['share']:.1%} of the text's are" in out
+    assert f"; {rows:,} of the teacher's 1,200 tokens, {data['share']:.1%} of those in the text" in out
     embedding = {side: count["embedding"] for side, count in metrics["parameters"].items()}
     assert embedding["teacher"] - embedding["student"] == 32 * (1216 - rows)
 

@@ -205,7 +205,7 @@ def _vocabulary(data: Metrics) -> str:
     if "vocabulary" not in data:
         return ""
     kept, whole, share = (data["vocabulary"][name] for name in ("kept", "of", "share"))
-    return f"; {kept:,} of the teacher's {whole:,} tokens, which {share:.1%} of the text's are"
+    return f"; {kept:,} of the teacher's {whole:,} tokens, {share:.1%} of those in the text"
 
 
 def _files(data: Metrics) -> str:

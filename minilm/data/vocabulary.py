@@ -132,10 +132,8 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> Pr
     if spec["padding"]:
         spec["padding"]["pad_id"] = new[spec["padding"]["pad_id"]]
     spec["post_processor"] = _renumbered(spec["post_processor"], new.__getitem__)
-    cut = cast(Any, copy.deepcopy(tokenizer))
+    cut: Any = copy.deepcopy(tokenizer)
     cut._tokenizer = Tokenizer.from_str(json.dumps(spec))
-    if getattr(cut, "vocab_file", None):
-        cut.vocab_file = None  # of all tokens; some classes copy it into the folder that they are saved in
     wanted = {text: new[token] for text, token in tokenizer.get_vocab().items() if token in new}
     if cut.get_vocab() != wanted:
         raise UsageError(f"the {type(tokenizer).__name__} cannot be cut: its tokens are not numbered in one row")
