@@ -100,6 +100,7 @@ def launch(variant: Variant, architecture: int) -> Launch:
         numbers(BATCH, dtype=torch.int32) if variant.bounded else None,
         numbers(BATCH, length) if variant.bounded else None,
         1.0 / length,
+        [1.0],
         variant.d_t**-0.5,
         variant.d_s**-0.5,
         symmetric=True,
@@ -115,10 +116,10 @@ def launch(variant: Variant, architecture: int) -> Launch:
     if variant.kernel == "rows":
         return row_launch(relations, kind, lse, lse, dx, pinned)
     if variant.kernel == "keys":
-        return key_launch(relations, kind, lse, lse, grad, [1.0], dx, dy, pinned)
+        return key_launch(relations, kind, lse, lse, grad, dx, dy, pinned)
     if variant.kernel == "self":
         bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
-        return self_launch(relations, kind, lse, lse, bases, factors, grad, [1.0], dx, pinned)
+        return self_launch(relations, kind, lse, lse, bases, factors, grad, dx, pinned)
     programs = 1 if walks(architecture, length) else math.prod(kind.shape[:3])
     return resident_launch(relations, kind, dx, dy, programs, architecture)
 

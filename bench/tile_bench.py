@@ -101,6 +101,7 @@ def builder(kernel: str, case: Case) -> tuple[Kind, Callable[[Tiles], Launch]]:
         None,
         None,
         1.0 / case.n,
+        [1.0] * len(at),
         case.d_t**-0.5,
         case.d_s**-0.5,
         symmetric=True,
@@ -112,15 +113,14 @@ def builder(kernel: str, case: Case) -> tuple[Kind, Callable[[Tiles], Launch]]:
     dx = [torch.empty_like(x) for x in relations.x_s]
     dy = [torch.empty_like(y) for y in relations.y_s]
     grad = torch.ones((), device="cuda")
-    weights = [1.0] * len(at)
     if kernel == "forward":
         return kind, lambda shape: row_launch(relations, kind, lse_t, lse_s, [], shape)
     if kernel == "rows":
         return kind, lambda shape: row_launch(relations, kind, lse_t, lse_s, dx, shape)
     if kernel == "keys":
-        return kind, lambda shape: key_launch(relations, kind, lse_t, lse_s, grad, weights, dx, dy, shape)
+        return kind, lambda shape: key_launch(relations, kind, lse_t, lse_s, grad, dx, dy, shape)
     bases, factors = ([lse_t.new_zeros(size) for _ in range(2)] for size in (kind.shape[:3], kind.shape))
-    return kind, lambda shape: self_launch(relations, kind, lse_t, lse_s, bases, factors, grad, weights, dx, shape)
+    return kind, lambda shape: self_launch(relations, kind, lse_t, lse_s, bases, factors, grad, dx, shape)
 
 
 def compile_candidate(kernel: str, case: Case, shape: Tiles) -> None:

@@ -12,34 +12,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from minilm_kernels import _ops
-from minilm_kernels._grouping import Group, relation_groups, weighted_total
-from minilm_kernels._relations import Masks
+from minilm_kernels._relations import Relations, weighted_total
 
 
-def relation_losses(
-    groups: Sequence[Group], teacher: Sequence[Tensor], student: Sequence[Tensor], masks: Masks, implementation: str
-) -> tuple[Tensor, Tensor]:
-    """Σ relation weight · loss, and the losses (relations,), detached, in the order of the groups.
-
-    Without sums, of one group only, the rows (relations, B, R, N), twice.
-    """
+def relation_losses(relations: list[Relations], implementation: str) -> tuple[Tensor, Tensor]:
+    """What `weighted_total` gives; the losses are detached."""
     if torch._C._are_functorch_transforms_active():
         raise _no_transforms(implementation)
-    if forward_ad._current_level >= 0:  # the teacher is constant; of the student a tangent would be lost
-        teacher = [x.detach() for x in teacher]
-        if any([forward_ad.unpack_dual(x).tangent is not None for x in student]):
-            raise RuntimeError(
-                f"implementation={implementation!r} has no forward-mode derivatives; "
-                "they need implementation='reference'"
-            )
-    if torch.is_grad_enabled() and any([x.requires_grad for x in student]):
-        if torch.compiler.is_compiling():  # dynamo takes no tensor twice, as in QK beside KK
-            teacher, student = [x.detach() for x in teacher], [x.view_as(x) for x in student]
-        teacher = [x.detach() if x.requires_grad else x for x in teacher]
-        return _RelationLosses.apply(groups, teacher, masks, implementation, *student)  # type: ignore[no-untyped-call,no-any-return]
-    with torch.no_grad():  # the teacher may require gradients, and gets none
-        relations = relation_groups(groups, teacher, student, masks)
-        return weighted_total(groups, [_ops.FORWARD[implementation](*group, False)[0] for group in relations])
+    student = _student(relations)
+    is_dual, compiling = forward_ad._current_level >= 0, torch.compiler.is_compiling()
+    if is_dual and any([forward_ad.unpack_dual(x).tangent is not None for x in student]):
+        raise RuntimeError(
+            f"implementation={implementation!r} has no forward-mode derivatives; they need implementation='reference'"
+        )
+    has_gradient = torch.is_grad_enabled() and any([x.requires_grad for x in student])
+    teacher = _teacher(relations)
+    if is_dual or compiling or any([x.requires_grad for x in teacher]):  # the teacher is constant
+        if compiling and has_gradient:  # dynamo takes no tensor twice, as in QK beside KK
+            student = [x.view_as(x) for x in student]
+        relations = _filled(_rest(relations), [x.detach() for x in teacher], student)
+    if has_gradient:
+        return _RelationLosses.apply(relations, implementation, *student)  # type: ignore[no-untyped-call,no-any-return]
+    return weighted_total(relations, [_ops.FORWARD[implementation](*group, False)[0] for group in relations])
 
 
 def _no_transforms(implementation: str) -> RuntimeError:
@@ -51,24 +45,17 @@ def _no_transforms(implementation: str) -> RuntimeError:
 
 class _RelationLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        groups: Sequence[Group],
-        teacher: Sequence[Tensor],  # see `relation_groups`
-        masks: Masks,
-        implementation: str,
-        *student: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        forward = _ops.FORWARD[implementation]
-        results = [forward(*group, True) for group in relation_groups(groups, teacher, student, masks)]
+    def forward(ctx: Any, relations: list[Relations], implementation: str, *student: Tensor) -> tuple[Tensor, Tensor]:
+        results = [_ops.FORWARD[implementation](*group, True) for group in relations]
         # A teacher under torch.inference_mode() cannot be saved, and needs not be: nobody changes it in place.
+        teacher = _teacher(relations)
         unsaved = not torch.compiler.is_compiling() and any([x.is_inference() for x in teacher])
         ctx.teacher = teacher if unsaved else None
         kept = [] if ctx.teacher else teacher
         ctx.save_for_backward(*student, *kept, *[lse for result in results for lse in result[1:3]])
-        ctx.options = groups, masks, implementation
+        ctx.rest, ctx.implementation = _rest(relations), implementation
         ctx.prepared = [result[3:] for result in results]
-        total, values = weighted_total(groups, [result[0] for result in results])
+        total, values = weighted_total(relations, [result[0] for result in results])
         ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)  # else backward begins with zeros for them
         return total, values
@@ -78,18 +65,16 @@ class _RelationLosses(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad):
-            raise _no_transforms(ctx.options[2])
+            raise _no_transforms(ctx.implementation)
         if not torch.is_grad_enabled():
-            return None, None, None, None, *_gradients(ctx, grad)
+            return None, None, *_gradients(ctx, grad)
         with torch.no_grad():  # create_graph=True
             gradients = _gradients(ctx, grad)
         return (
             None,
             None,
-            None,
-            None,
             *[
-                _NoSecondDerivative.apply(g, x, grad, ctx.options[2])  # type: ignore[no-untyped-call]
+                _NoSecondDerivative.apply(g, x, grad, ctx.implementation)  # type: ignore[no-untyped-call]
                 for g, x in zip(gradients, ctx.saved_tensors, strict=False)
             ],
         )
@@ -97,25 +82,52 @@ class _RelationLosses(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
     """Of the student's tensors. What the forward prepared is used up, in place, except in a compiled graph."""
-    groups, masks, implementation = ctx.options
-    saved, count = ctx.saved_tensors, len(ctx.needs_input_grad) - 4
-    student, lse = saved[:count], saved[-2 * len(groups) :]
-    teacher = ctx.teacher or saved[count : 2 * count]
+    implementation, saved, count = ctx.implementation, ctx.saved_tensors, len(ctx.needs_input_grad) - 2
+    student, lse = saved[:count], saved[-2 * len(ctx.rest) :]
+    relations = _filled(ctx.rest, ctx.teacher or saved[count : 2 * count], student)
     compiling, prepared = torch.compiler.is_compiling(), ctx.prepared
     if not compiling:
-        ctx.prepared = [None] * len(groups)
+        ctx.prepared = [None] * len(relations)
     gradients: list[Tensor] = []
-    for i, relations in enumerate(relation_groups(groups, teacher, student, masks)):
-        of_group = lse[2 * i], lse[2 * i + 1], grad, groups[i].relation_weights
+    for i, group in enumerate(relations):
+        of_group = lse[2 * i], lse[2 * i + 1], grad
         if compiling:
-            dx, dy = _ops.BACKWARD[implementation](*relations, *of_group, *prepared[i])
+            dx, dy = _ops.BACKWARD[implementation](*group, *of_group, *prepared[i])
         else:  # none is left in a second backward
-            dx, dy = prepared[i] or _ops.FORWARD[implementation](*relations, True)[3:]
-            dx = dx or [torch.empty_like(x) for x in relations.x_s]
-            dy = dy or [torch.empty_like(y) for y in relations.y_s]
-            _ops.BACKWARD_IN_PLACE[implementation](*relations, *of_group, dx, dy)
+            dx, dy = prepared[i] or _ops.FORWARD[implementation](*group, True)[3:]
+            dx = dx or [torch.empty_like(x) for x in group.x_s]
+            dy = dy or [torch.empty_like(y) for y in group.y_s]
+            _ops.BACKWARD_IN_PLACE[implementation](*group, *of_group, dx, dy)
         gradients += [*dx, *dy]
     return gradients
+
+
+def _student(relations: list[Relations]) -> list[Tensor]:
+    """The tensors of all calls of an op, one call after the other: of each x of every relation, then y."""
+    return [x for group in relations for x in (*group.x_s, *group.y_s)]
+
+
+def _teacher(relations: list[Relations]) -> list[Tensor]:
+    return [x for group in relations for x in (*group.x_t, *group.y_t)]
+
+
+Rest = tuple[int, int, tuple[Any, ...]]  # how many x and y, and the fields behind the tensors
+
+
+def _rest(relations: list[Relations]) -> list[Rest]:
+    """The relations without their tensors: those are autograd's to keep."""
+    return [(len(group.x_s), len(group.y_s), group[4:]) for group in relations]
+
+
+def _filled(rest: Sequence[Rest], teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[Relations]:
+    """The relations with these tensors, in the order of `_teacher` and `_student`."""
+    relations, start = [], 0
+    for x_count, y_count, fields in rest:
+        middle, end = start + x_count, start + x_count + y_count
+        sides = teacher[start:middle], teacher[middle:end], student[start:middle], student[middle:end]
+        relations.append(Relations(*sides, *fields))
+        start = end
+    return relations
 
 
 class _NoSecondDerivative(torch.autograd.Function):

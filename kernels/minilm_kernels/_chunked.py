@@ -48,12 +48,11 @@ def backward(
     lse_t: Tensor,
     lse_s: Tensor,
     grad: Tensor,  # () with sums, else (relations, B, R, N)
-    relation_weights: list[float],
     dx: list[Tensor],
     dy: list[Tensor],
 ) -> None:
     """Completes dx and dy in place."""
-    for i, relation_weight in enumerate(relation_weights):
+    for i, relation_weight in enumerate(relations.relation_weights):
         of_relation = [gradients[i] for gradients in (dx, dy) if gradients]
         if not relations.sums:
             for output, gradient in zip(of_relation, _sweep(relations, i, False, True, grad[i])[1], strict=True):

@@ -7,7 +7,7 @@ B batch, H heads of a model, R relation heads, N tokens, D head dimension.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from minilm_kernels._checks import Layout
 from minilm_kernels._heads import relation_head_shape
 from minilm_kernels._relations import Masks, Relations
 
+Sides = tuple[Tensor, Tensor, Tensor, Tensor]  # x_t, y_t, x_s, y_s of one relation
 Call = tuple[
     tuple[tuple[str, float, bool, tuple[Layout, ...]], ...],  # of each relation: name, weight, whether it is a self
     # relation, and its x_t, y_t, x_s, y_s
@@ -34,12 +35,20 @@ class Group(NamedTuple):
 
     members: list[int]  # their places among the relations of the call
     is_self: bool
-    relation_weights: list[float]
-    constants: tuple[float, float, float, bool, bool]  # weight, scale_t, scale_s, symmetric, sums of `Relations`
+    constants: tuple[float, list[float], float, float, bool, bool]  # of `Relations`, from `weight` on
+
+    def relations(self, sides: Sequence[Sides], masks: Masks) -> Relations:
+        """With the tensors of all relations of the call."""
+        x_t, y_t, x_s, y_s = zip(*[sides[member] for member in self.members], strict=True)
+        if self.is_self:
+            y_t = y_s = ()
+        bounds, holes, row_weight = masks
+        return Relations(x_t, y_t, x_s, y_s, bounds, holes, row_weight, *self.constants)
 
 
 class Grouping(NamedTuple):
     groups: list[Group]
+    order: list[int]  # the members of all groups
     implementation: str
     splits_heads: bool  # whether relation heads are other than the models' heads, in any tensor
     wide: torch.dtype  # of losses and row weights
@@ -63,57 +72,29 @@ def grouping(call: Call) -> Grouping:
         checks.check_equal_heads(name, heads, heads_s)
         dims += [d_t, d_s]
         splits_heads |= any([shape[1] != heads for shape in (x_t, y_t, x_s, y_s)])
-        kind = is_self, layouts
-        for known, group in groups:  # compared, not hashed: a hash would fix the lengths of a compiled graph
-            if known == kind:
+        shared = is_self, layouts
+        for other, group in groups:  # compared, not hashed: a hash would fix the lengths of a compiled graph
+            if other == shared:
                 group.members.append(place)
-                group.relation_weights.append(relation_weight)
+                group.constants[1].append(relation_weight)
                 break
         else:
             rows = heads * (1 if has_row_weights else batch * length)
             constants = (
                 1.0 if reduction in ("sum", "none") else 1.0 / rows,
+                [relation_weight],
                 1 / (math.sqrt(d_t) * temperature),
                 1 / (math.sqrt(d_s) * temperature),
                 not causal,
                 reduction != "none",
             )
-            groups.append((kind, Group([place], is_self, [relation_weight], constants)))
+            groups.append((shared, Group([place], is_self, constants)))
     dtypes = [dtype for _, _, _, layouts in relations for _, _, dtype, _ in layouts]
     device = relations[0][3][0][3]
     chosen = checks.choose_implementation(implementation, device.type, max(dims), torch.float64 in dtypes)
     wide = torch.promote_types(relations[0][3][2][2], torch.float32)
-    return Grouping([group for _, group in groups], chosen, splits_heads, wide)
+    order = [place for _, group in groups for place in group.members]
+    return Grouping([group for _, group in groups], order, chosen, splits_heads, wide)
 
 
 known_grouping = lru_cache(maxsize=256)(grouping)
-
-
-def relation_groups(
-    groups: Sequence[Group], teacher: Sequence[Tensor], student: Sequence[Tensor], masks: Masks
-) -> list[Relations]:
-    """The groups with their tensors: of each group x of every relation, then y, if they are cross relations."""
-    filled, start = [], 0
-    for members, is_self, _, constants in groups:
-        middle = start + len(members)
-        end = middle if is_self else middle + len(members)
-        tensors = teacher[start:middle], teacher[middle:end], student[start:middle], student[middle:end]
-        fields: tuple[Any, ...] = *tensors, *masks, *constants
-        filled.append(Relations(*fields))
-        start = end
-    return filled
-
-
-def weighted_total(groups: Sequence[Group], values: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Σ relation weight · loss, and the losses (relations,) unweighted, of the losses of each group.
-
-    Of rows, which one group only has: the rows, twice.
-    """
-    parts = torch.cat(values) if len(values) > 1 else values[0]
-    *_, sums = groups[0].constants
-    if not sums:
-        return parts, parts.detach()
-    weights = [weight for group in groups for weight in group.relation_weights]
-    if all([weight == 1 for weight in weights]):
-        return parts.sum(), parts
-    return torch.cat([part * weight for part, weight in zip(parts.split(1), weights, strict=True)]).sum(), parts

@@ -12,12 +12,12 @@ from torch import Tensor
 from minilm_kernels import _checks as checks
 from minilm_kernels._allowed import Pattern, allowed_keys
 from minilm_kernels._autograd import relation_losses
-from minilm_kernels._grouping import Group, grouping, known_grouping, layout
+from minilm_kernels._grouping import grouping, known_grouping, layout
 from minilm_kernels._heads import relation_pair
 from minilm_kernels._reference import reference_losses
 
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
-Losses = tuple[Tensor, Tensor, Sequence[Group]]
+Losses = tuple[Tensor, Tensor, Sequence[int]]
 _PLACE = {"q": 0, "k": 1, "v": 2}
 
 
@@ -96,13 +96,11 @@ def minilm_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`fused_minilm_loss`, and the loss of each relation by name, unweighted and detached."""
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
-    total, values, groups = _losses_of_triples(
+    total, values, order = _losses_of_triples(
         teacher, student, relation_weights, relation_heads, pattern, temperature, reduction, implementation
     )
-    names = list(relation_weights)
-    order = [names[member] for group in groups for member in group.members]
     parts = dict(zip(order, values.unbind(0), strict=True))
-    return total, {name: parts[name] for name in names}
+    return total, {name: parts[place] for place, name in enumerate(relation_weights)}
 
 
 def _losses_of_triples(
@@ -160,14 +158,14 @@ def relation_kl(
 
 def _losses(
     weights: Mapping[str, float],
-    sides: Sequence[Any],  # of each relation x_t, y_t, x_s, y_s
+    sides: Sequence[Any],  # `Sides` of each relation; what is no tensor is refused here
     relation_heads: int | None,
     pattern: Pattern,
     temperature: float,
     reduction: str,
     implementation: str | None,
 ) -> Losses:
-    """The weighted sum; the losses of the relations in the order of the groups, detached; the groups.
+    """The weighted sum, and the losses of the relations, detached, with the place of each in `weights`.
 
     Under reduction "none" there is one relation, and its rows (1, B, R, N) stand for the weighted sum.
     """
@@ -176,7 +174,7 @@ def _losses(
     checks.check_causal(pattern.causal)
     if implementation is not None:
         checks.check_choice("implementation", implementation, checks.IMPLEMENTATIONS)
-    known, relations = not torch.compiler.is_compiling(), []
+    known, described = not torch.compiler.is_compiling(), []
     for name, tensors in zip(weights, sides, strict=True):
         for x in tensors:
             if type(x) is not Tensor:
@@ -186,14 +184,14 @@ def _losses(
                 checks.check_tensors(name, tensors)
         x_t, y_t, x_s, y_s = tensors
         is_self = y_t is x_t and y_s is x_s
-        of_x_t, of_x_s = layout(x_t), layout(x_s)
-        layouts = of_x_t, of_x_t if is_self else layout(y_t), of_x_s, of_x_s if is_self else layout(y_s)
-        relations.append((name, weights[name], is_self, layouts))
+        x_t_layout, x_s_layout = layout(x_t), layout(x_s)
+        layouts = x_t_layout, x_t_layout if is_self else layout(y_t), x_s_layout, x_s_layout if is_self else layout(y_s)
+        described.append((name, weights[name], is_self, layouts))
     has_row_weights = pattern.attention_mask is not None or pattern.cu_seqlens is not None
-    call = tuple(relations), relation_heads, has_row_weights, pattern.causal, temperature, reduction, implementation
-    groups, chosen, splits_heads, wide = (known_grouping if known else grouping)(call)
+    call = tuple(described), relation_heads, has_row_weights, pattern.causal, temperature, reduction, implementation
+    groups, order, chosen, splits_heads, wide = (known_grouping if known else grouping)(call)
 
-    (batch, _, length, _), _, _, device = relations[0][3][0]
+    (batch, _, length, _), _, _, device = described[0][3][0]
     checks.check_pattern(pattern, batch, length, device)
     masks = allowed_keys(pattern, reduction, batch, length, device, wide)
     if splits_heads:
@@ -201,15 +199,7 @@ def _losses(
             (*relation_pair(x_t, y_t, relation_heads), *relation_pair(x_s, y_s, relation_heads))
             for x_t, y_t, x_s, y_s in sides
         ]
-    teacher: list[Tensor] = []
-    student: list[Tensor] = []
-    for group in groups:
-        for both, place in ((teacher, 0), (student, 2)):
-            both += [sides[member][place] for member in group.members]
-            if not group.is_self:
-                both += [sides[member][place + 1] for member in group.members]
+    relations = [group.relations(sides, masks) for group in groups]
     if chosen == "reference":
-        total, values = reference_losses(groups, teacher, student, masks, pattern)
-    else:
-        total, values = relation_losses(groups, teacher, student, masks, chosen)
-    return total, values, groups
+        return *reference_losses(relations, pattern), order
+    return *relation_losses(relations, chosen), order

@@ -18,7 +18,7 @@ from minilm_kernels._relations import SCHEMA, Relations
 
 _LIBRARY = torch.library.Library("minilm_kernels", "DEF")
 _FORWARD = f"({SCHEMA}, bool needs_gradient) -> (Tensor value, Tensor lse_t, Tensor lse_s, Tensor[] dx, Tensor[] dy)"
-_SAVED = f"{SCHEMA}, Tensor lse_t, Tensor lse_s, Tensor grad, float[] relation_weights"
+_SAVED = f"{SCHEMA}, Tensor lse_t, Tensor lse_s, Tensor grad"
 _BACKWARD = f"({_SAVED}, Tensor[] dx, Tensor[] dy) -> (Tensor[] dx, Tensor[] dy)"
 _BACKWARD_IN_PLACE = f"({_SAVED}, Tensor(a!)[] dx, Tensor(b!)[] dy) -> ()"
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from minilm_kernels._allowed import Pattern, allowed_matrix
-from minilm_kernels._grouping import Group, relation_groups, weighted_total
-from minilm_kernels._relations import Masks
+from minilm_kernels._relations import Relations, weighted_total
 
 
 def reference_rows(
@@ -58,16 +57,14 @@ def _log_softmax(scores: Tensor) -> Tensor:
     return torch.log_softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
-def reference_losses(
-    groups: Sequence[Group], teacher: Sequence[Tensor], student: Sequence[Tensor], masks: Masks, pattern: Pattern
-) -> tuple[Tensor, Tensor]:
+def reference_losses(relations: Sequence[Relations], pattern: Pattern) -> tuple[Tensor, Tensor]:
     """What `weighted_total` gives; the losses are detached."""
     values = []
-    for relations in relation_groups(groups, teacher, student, masks):
-        tensors = zip(relations.x_t, relations.keys_t, relations.x_s, relations.keys_s, strict=True)
-        rows = torch.stack([reference_rows(*x, pattern, relations.scale_t, relations.scale_s) for x in tensors])
-        if relations.row_weight is not None and relations.sums:
-            rows = rows * relations.row_weight.unsqueeze(1)
-        values.append(rows.sum((1, 2, 3)) * relations.weight if relations.sums else rows)
-    total, parts = weighted_total(groups, values)
+    for group in relations:
+        sides = zip(group.x_t, group.keys_t, group.x_s, group.keys_s, strict=True)
+        rows = torch.stack([reference_rows(*x, pattern, group.scale_t, group.scale_s) for x in sides])
+        if group.row_weight is not None and group.sums:
+            rows = rows * group.row_weight.unsqueeze(1)
+        values.append(rows.sum((1, 2, 3)) * group.weight if group.sums else rows)
+    total, parts = weighted_total(relations, values)
     return total, parts.detach()

@@ -23,6 +23,7 @@ class Relations(NamedTuple):
     holes: Tensor | None  # (B,) int32: 1 where an interval also holds masked positions; None: nowhere
     row_weight: Tensor | None  # (B or 1, N), equal along a sequence; None: 1
     weight: float  # of every row besides
+    relation_weights: list[float]  # of each relation in the loss
     scale_t: float
     scale_s: float
     symmetric: bool  # whether key j allowed for row i means key i allowed for row j
@@ -64,5 +65,19 @@ class Relations(NamedTuple):
 
 SCHEMA = (
     "Tensor[] x_t, Tensor[] y_t, Tensor[] x_s, Tensor[] y_s, Tensor? bounds, Tensor? holes, Tensor? row_weight, "
-    "float weight, float scale_t, float scale_s, bool symmetric, bool sums"
+    "float weight, float[] relation_weights, float scale_t, float scale_s, bool symmetric, bool sums"
 )
+
+
+def weighted_total(relations: Sequence[Relations], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Σ relation weight · loss, and all losses unweighted in one tensor, of the values that each call of an op gave.
+
+    Without sums there is one relation, and both are its rows.
+    """
+    parts = torch.cat(values) if len(values) > 1 else values[0]
+    if not relations[0].sums:
+        return parts, parts.detach()
+    weights = [weight for group in relations for weight in group.relation_weights]
+    if all([weight == 1 for weight in weights]):
+        return parts.sum(), parts
+    return torch.cat([part * weight for part, weight in zip(parts.split(1), weights, strict=True)]).sum(), parts

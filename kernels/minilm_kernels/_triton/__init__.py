@@ -53,7 +53,6 @@ def backward(
     lse_t: Tensor,
     lse_s: Tensor,
     grad: Tensor,  # () with sums, else (G, B, R, N)
-    relation_weights: list[float],
     dx: list[Tensor],
     dy: list[Tensor],
 ) -> None:
@@ -64,17 +63,15 @@ def backward(
         case "resident":
             alike = bool(dy) and dx[0].stride() == dy[0].stride()
             groups = [dx + dy] if alike else [gradients for gradients in (dx, dy) if gradients]
-            launches = [scale_launch(relations, kind, grad, relation_weights, gradients) for gradients in groups]
+            launches = [scale_launch(relations, kind, grad, gradients) for gradients in groups]
         case "self":
             bases, factors = ([lse_t.new_empty(shape) for _ in range(2)] for shape in (kind.shape[:3], kind.shape))
-            given = relations, kind, lse_t, lse_s, bases, factors, grad, relation_weights, dx
+            given = relations, kind, lse_t, lse_s, bases, factors, grad, dx
             launches = [
                 factor_launch(kind, lse_t, lse_s, bases, factors),
                 self_launch(*given, tiles("self", kind, chip)),
             ]
         case _:
-            launches = [
-                key_launch(relations, kind, lse_t, lse_s, grad, relation_weights, dx, dy, tiles("keys", kind, chip))
-            ]
+            launches = [key_launch(relations, kind, lse_t, lse_s, grad, dx, dy, tiles("keys", kind, chip))]
     for launch in launches:
         launch.run(kind.device)

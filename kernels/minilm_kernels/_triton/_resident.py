@@ -162,15 +162,13 @@ def resident_launch(
     return Launch(resident, programs, arguments, num_warps, 3 if walk else 1, registers)
 
 
-def scale_launch(
-    relations: Relations, kind: Kind, grad: Tensor, relation_weights: list[float], gradients: list[Tensor]
-) -> Launch:
+def scale_launch(relations: Relations, kind: Kind, grad: Tensor, gradients: list[Tensor]) -> Launch:
     both = len(gradients) // kind.shape[0]  # dx and dy, or one of them
     arguments = {
         "gradients": group(gradients),
         "row_weight": row_weights(relations.row_weight),
         "grad": grad,
-        "relation_weights": tuple(relation_weights) * both,
+        "relation_weights": tuple(relations.relation_weights) * both,
         "weight": relations.weight,
         "B": kind.shape[1],
         "R": kind.shape[2],

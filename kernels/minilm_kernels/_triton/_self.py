@@ -174,7 +174,6 @@ def self_launch(
     bases: list[Tensor],
     factors: list[Tensor],
     grad: Tensor,
-    relation_weights: list[float],
     dx: list[Tensor],
     shape: Tiles,
 ) -> Launch:
@@ -189,7 +188,7 @@ def self_launch(
         "bases": tuple(bases),
         "factors": tuple(factors),
         "grad": grad,
-        "relation_weights": tuple(relation_weights),
+        "relation_weights": tuple(relations.relation_weights),
         "dx": group(dx),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
