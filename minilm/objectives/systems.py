@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from minilm.errors import UsageError
 from minilm.models.capture import QKV
 from minilm.models.heads import has_vocabulary_head
+from minilm.models.layers import resolve_layer_map
 from minilm.models.observe import Needs
 from minilm.models.probes import is_causal
 from minilm.models.students import observe_probe
@@ -49,7 +50,7 @@ def minilm(
     Raises:
         ValueError: an unknown relation; relation heads that do not divide the widths; a layer that does not exist.
     """
-    layers = _layers(layer_map, teacher_layer)
+    layers = _layers(teacher, student, layer_map, teacher_layer)
     if relation_heads is not None:
         for pair in _probed(teacher, student, layers):
             _check_relation_heads(relation_heads, *pair)
@@ -78,7 +79,7 @@ def minilm_v2(
             teacher, and the teacher's own number where four times that does not divide both widths.
     """
     if relation_heads is None:
-        pairs = _probed(teacher, student, _layers(layer_map, teacher_layer))
+        pairs = _probed(teacher, student, _layers(teacher, student, layer_map, teacher_layer))
         relation_heads = _default_relation_heads(*pairs[0])
     return minilm(
         teacher,
@@ -109,12 +110,14 @@ def with_soft_labels(
     return Objective([*terms, SoftLabels(unit, weight, temperature)])
 
 
-def _layers(layer_map: Mapping[int, int] | None, teacher_layer: int) -> Mapping[int, int]:
+def _layers(
+    teacher: PreTrainedModel, student: PreTrainedModel, layer_map: Mapping[int, int] | None, teacher_layer: int
+) -> Mapping[int, int]:
     if layer_map is None:
         return {-1: teacher_layer}
     if teacher_layer != -1:
         raise UsageError(f"teacher_layer is {teacher_layer} and layer_map {dict(layer_map)}: give one of them")
-    return layer_map
+    return resolve_layer_map(teacher, student, layer_map)
 
 
 def _probed(teacher: PreTrainedModel, student: PreTrainedModel, layers: Mapping[int, int]) -> list[tuple[QKV, QKV]]:
