@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.cli.arguments import Arguments
 from minilm.cli.flags import ModelArguments, ObjectiveArguments
 from minilm.errors import UsageError
+from minilm.models.continued import load_student
 from minilm.models.heads import check_output
 from minilm.models.probes import check_no_films, probe_inputs
 from minilm.models.students import build_student
@@ -51,16 +52,7 @@ def student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tup
     model, objective, training = arguments.model, arguments.objective, arguments.training
     check_no_films(teacher)
     options = system_options(objective, model)
-    student = build_student(
-        teacher,
-        num_layers=model.student_num_layers,
-        hidden_size=model.student_hidden_size,
-        num_heads=model.student_num_heads,
-        intermediate_size=model.student_intermediate_size,
-        init=model.student_init,
-        seed=training.seed,
-        with_head=needs_head(arguments),
-    )
+    student = _student(arguments, teacher)
     if needs_head(arguments):
         for with_head in (teacher, student):
             check_output(with_head, probe_inputs(with_head))
@@ -70,6 +62,22 @@ def student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tup
     whole = with_soft_labels(terms, student, objective.output_weight, objective.output_temperature)
     whole.to(training.device).probe(teacher, student)
     return student, whole
+
+
+def _student(arguments: Arguments, teacher: PreTrainedModel) -> PreTrainedModel:
+    model, seed, with_head = arguments.model, arguments.training.seed, needs_head(arguments)
+    if model.student is not None:
+        return load_student(model.student, teacher, with_head=with_head, seed=seed)
+    return build_student(
+        teacher,
+        num_layers=model.student_num_layers,
+        hidden_size=model.student_hidden_size,
+        num_heads=model.student_num_heads,
+        intermediate_size=model.student_intermediate_size,
+        init=model.student_init,
+        seed=seed,
+        with_head=with_head,
+    )
 
 
 def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict[str, Any]:

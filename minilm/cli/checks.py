@@ -52,7 +52,7 @@ def _no_number(constant: str) -> NoReturn:
 
 def find_data_flag(given: Any) -> str | None:
     """What the demonstration, whose text is fixed, has no use for."""
-    for flag in ("streaming", "data_weights", "data_config"):
+    for flag in ("streaming", "data_weights", "data_config", "student"):
         if getattr(given, flag):
             return f"--{flag} is given without --data"
     return None
@@ -66,9 +66,13 @@ def find_missing(given: Any) -> str | None:
         return "--teacher is given without --data"
     if given.output_dir is None:
         return "--output_dir is missing: the folder for the student, its checkpoints and the report"
-    sizes = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
-    if all(getattr(given, f"student_{size}") is None for size in sizes):
+    sizes = [f"student_{size}" for size in ("num_layers", "hidden_size", "num_heads", "intermediate_size")]
+    sized = [f"--{name} {value}" for name in sizes if (value := getattr(given, name)) is not None]
+    if given.student is None and not sized:
         return "the student's size is missing: --student_num_layers, --student_hidden_size or both"
+    sized += [f"--student_init {given.student_init}"] if given.student_init != "auto" else []
+    if given.student is not None and sized:
+        return f"--student {given.student} has sizes and weights of its own: leave out {sized[0]}"
     if given.streaming and not given.max_steps > 0:
         return f"--streaming needs --max_steps, which is {given.max_steps}: a stream has no end"
     if given.data_weights is not None and len(given.data_weights) != len(given.data):

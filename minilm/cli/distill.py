@@ -33,7 +33,7 @@ from minilm.models.heads import has_vocabulary_head
 from minilm.models.probes import base_of
 from minilm.models.speed import measure_speed
 from minilm.models.students import count_parameters
-from minilm.models.teachers import auto_class, quiet, read_teacher
+from minilm.models.teachers import auto_class, check_length, quiet, read_teacher
 from minilm.objectives.term import Objective
 from minilm.training.arguments import check_arguments
 from minilm.training.checkpoints import CheckpointError
@@ -98,6 +98,8 @@ def _prepare(arguments: Arguments, next_run: Arguments | None) -> Run:
     models = _build(arguments, next_run)
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, models.teacher, models.processor)
+    if inputs.description["max_length"]:
+        check_length("student", models.student, inputs.description["max_length"])
     identity = run_identity(arguments, models.objective, models.teacher, models.student, inputs.fingerprint)
     if checkpoint:
         check_same_run(checkpoint, identity)

@@ -23,6 +23,13 @@ class ModelArguments:
         default=-1,
         metadata=_about("Teacher layer whose relations are learnt: 1 to L from the bottom, or -1 to -L.", "L"),
     )
+    student: str | None = field(
+        default=None,
+        metadata=_about(
+            "Student that goes on from its weights, a folder or a name on the hub, in place of the sizes below.",
+            "NAME|DIR",
+        ),
+    )
     student_num_layers: int | None = field(
         default=None, metadata=_about("Layers of the student (default: the teacher's).", "M")
     )

@@ -33,8 +33,8 @@ _MAY_CHANGE = """
 """
 # Told by what they come to: weights, sizes, the numbers of layers, the loss, the content of the data.
 _TOLD_OTHERWISE = """
-    teacher teacher_layer data student_num_layers student_hidden_size student_num_heads assistant_num_layers
-    assistant_hidden_size relations relation_heads implementation
+    teacher teacher_layer data student student_num_layers student_hidden_size student_num_heads
+    assistant_num_layers assistant_hidden_size relations relation_heads implementation
 """
 
 MAY_CHANGE, TOLD_OTHERWISE = frozenset(_MAY_CHANGE.split()), frozenset(_TOLD_OTHERWISE.split())
@@ -62,6 +62,7 @@ def run_identity(
         "sequences_per_step": at_once * training.gradient_accumulation_steps,
         **({"sequences_at_once": at_once} if _order_depends_on_batch(training, arguments.data.streaming) else {}),
         "hash of the teacher's weights": hash_weights(teacher),
+        **({"hash of the student's first weights": hash_weights(student)} if arguments.model.student else {}),
         "fingerprint of the data": data,
     }
 

@@ -86,7 +86,7 @@ def build_student(
 
     init = _resolve_init(init, base, config, teacher_layers, len(layers))
     source = teacher if with_head else base
-    with torch.device("cpu"), _seeded(seed):
+    with torch.device("cpu"), seeded(seed):
         student = type(source)(config)
     if init in ("layers", "slice"):
         copy_weights(source, student, layers)
@@ -268,7 +268,7 @@ def _attention_types(teacher: PreTrainedModel, in_config: list[str]) -> list[str
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """Only the CPU's generator: the student is made there."""
     if seed is None:
         yield

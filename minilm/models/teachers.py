@@ -76,13 +76,13 @@ def read_teacher(name: str, *, head: bool = False) -> Teacher:
             or not finite, no tokenizer of its vocabulary; with `head`, no such head or none among the weights, or
             one whose output for a text depends on its padding.
     """
-    with _in_a_sentence(name), quiet():
+    with loading("teacher", name), quiet():
         if os.path.isfile(os.path.join(name, "adapter_config.json")):
             raise UsageError("an adapter")  # which transformers would load with another model below it
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     _check_kind(name, config)
     load = _class_with_head(name, config) if head else AutoModel
-    with _in_a_sentence(name), quiet():
+    with loading("teacher", name), quiet():
         model, info = load.from_pretrained(
             name,
             dtype=torch.float32,
@@ -90,14 +90,15 @@ def read_teacher(name: str, *, head: bool = False) -> Teacher:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # of which the loading report tells, in place of an error without sizes
         )
-    _check_weights(name, model, info, head)
+    _check_missing(name, model, info["missing_keys"], head)
+    check_weights("teacher", name, model, info)
     if model.main_input_name not in ("input_ids", "pixel_values"):
         raise UsageError(
             f"the teacher {name!r} is a {type(model).__name__}, which takes {model.main_input_name}: name a model of "
             "texts or images"
         )
     images = model.main_input_name == "pixel_values"
-    with _in_a_sentence(name, "image processor" if images else "tokenizer"), quiet():
+    with loading("teacher", name, "image processor" if images else "tokenizer"), quiet():
         processor = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
     saved = copy.deepcopy(processor)
     if not images:
@@ -118,14 +119,19 @@ def resolve_length(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         ValueError: more tokens than the teacher has positions, or none beside the special ones.
     """
-    positions = _positions(teacher)
-    length = min(USUAL_LENGTH, positions or USUAL_LENGTH) if max_length is None else max_length
-    if positions is not None and length > positions:
-        raise UsageError(f"max_length {length} is more than the teacher's {positions} positions")
+    length = min(USUAL_LENGTH, _positions(teacher) or USUAL_LENGTH) if max_length is None else max_length
+    check_length("teacher", teacher, length)
     special = tokenizer.num_special_tokens_to_add()
     if length <= special:
         raise UsageError(f"max_length {length} leaves no room beside the tokenizer's {special} special tokens")
     return length
+
+
+def check_length(who: str, model: PreTrainedModel, length: int) -> None:
+    """Raises `ValueError` for texts of more tokens than the model has positions."""
+    positions = _positions(model)
+    if positions is not None and length > positions:
+        raise UsageError(f"max_length {length} is more than the {who}'s {positions} positions")
 
 
 def _positions(model: PreTrainedModel) -> int | None:
@@ -142,14 +148,14 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def _in_a_sentence(name: str, part: str = "") -> Iterator[None]:
-    """Whatever the loading libraries raise, as one sentence about the teacher."""
+def loading(who: str, name: str, part: str = "") -> Iterator[None]:
+    """Whatever the loading libraries raise, as one sentence about the teacher, or who else is loaded."""
     try:
         yield
     except Exception as error:
         of_part = f"its {part}: " if part else ""
         here = "" if os.path.exists(name) else ", which is no folder here, from the hub"
-        raise UsageError(f"cannot load the teacher {name!r}{here}: {of_part}{explain(name, error, part)}") from error
+        raise UsageError(f"cannot load the {who} {name!r}{here}: {of_part}{explain(name, error, part)}") from error
 
 
 class _NoHeadError(UsageError):
@@ -187,30 +193,28 @@ def _head_loader(class_name: str) -> Any:
     return next((load for ending, load in _HEADS.items() if class_name.endswith(ending)), None)
 
 
-def _check_weights(name: str, model: PreTrainedModel, info: Mapping[str, Iterable[Any]], head: bool) -> None:
+def check_weights(who: str, name: str, model: PreTrainedModel, info: Mapping[str, Iterable[Any]]) -> None:
+    """Raises `ValueError` for weights of other sizes, of a body that the model is not, or not finite."""
     if mismatched := sorted(info["mismatched_keys"]):
         key, saved, wanted = mismatched[0]
         raise UsageError(
-            f"the weights of the teacher {name!r} do not fit its config: {key} is {tuple(saved)}, the config makes it "
+            f"the weights of the {who} {name!r} do not fit its config: {key} is {tuple(saved)}, the config makes it "
             f"{tuple(wanted)}{_and_others(mismatched)}"
         )
-    _check_missing(name, model, info["missing_keys"], head)
     if dropped := sorted(key for key in info["unexpected_keys"] if _is_of_body(key, model)):
         raise UsageError(
-            f"the teacher {name!r} has weights that {type(model).__name__} does not take, {dropped[0]} for one"
+            f"the {who} {name!r} has weights that {type(model).__name__} does not take, {dropped[0]} for one"
             f"{_and_others(dropped)}: its config.json tells of another model, or of one that this transformers lacks"
         )
     for key, parameter in model.named_parameters():
         low, high = parameter.detach().aminmax() if parameter.numel() else (parameter.new_zeros(()),) * 2
         if not (low.isfinite() and high.isfinite()):  # NaN is the least and the greatest
-            raise UsageError(f"the teacher {name!r} has weights that are not finite numbers: {key} holds NaN or inf")
+            raise UsageError(f"the {who} {name!r} has weights that are not finite numbers: {key} holds NaN or inf")
 
 
 def _check_missing(name: str, model: PreTrainedModel, missing_keys: Iterable[str], head: bool) -> None:
-    body = f"{model.base_model_prefix}."
     missing = sorted(key for key in missing_keys if not key.startswith("pooler."))  # a base's, relations need none
-    # A classifier's pooler is part of its head.
-    of_head = [key for key in missing if head and (not key.startswith(body) or key.startswith(f"{body}pooler."))]
+    of_head = [key for key in missing if head and is_of_head(key, model)]
     if of_head:
         raise _NoHeadError(name, f"its weights lack {of_head[0]}")
     if missing:
@@ -220,6 +224,12 @@ def _check_missing(name: str, model: PreTrainedModel, missing_keys: Iterable[str
             f"the weights of the teacher {name!r} lack {len(missing)} of its tensors, {missing[0]} for one"
             + (f": they are of a {saved_as}, and transformers loads a {made}" if other else "")
         )
+
+
+def is_of_head(key: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor belongs to the head of a model that has one; a classifier's pooler is part of it."""
+    body = f"{model.base_model_prefix}."
+    return not key.startswith(body) or key.startswith(f"{body}pooler.")
 
 
 def _is_of_body(key: str, model: PreTrainedModel) -> bool:
