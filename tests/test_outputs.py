@@ -18,7 +18,7 @@ from minilm import attention_qkv
 from minilm.models.capture import QKV
 from minilm.models.heads import ExampleOutput, Output, TokenOutput, check_output
 from minilm.models.observe import Needs, observe
-from minilm.objectives import outputs
+from minilm.objectives import chunks
 from minilm.objectives.outputs import output_loss, soft_label_kl
 
 
@@ -78,7 +78,7 @@ def loss_and_gradients(loss: Tensor, tensors: list[Tensor | None]) -> list[Tenso
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 7 rows of 101 words: the last one is not full."""
-    monkeypatch.setattr(outputs, "CHUNK_ELEMENTS", {"cuda": 7 * 101, "cpu": 7 * 101})
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", {"cuda": 7 * 101, "cpu": 7 * 101})
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -155,7 +155,7 @@ def test_gradients_are_only_those_asked_for(device: str, monkeypatch: pytest.Mon
     assert all(tensor is not None and tensor.grad is None for tensor in (weight, *teacher))
     constants = [None if x is None else x.detach() for x in tensors[:3]]
     assert not soft_label_kl(*constants, *teacher).requires_grad
-    monkeypatch.delattr(outputs, "_add_product")  # which makes the gradients
+    monkeypatch.delattr(chunks, "_add_product")  # which makes the gradients
     with torch.no_grad():
         assert not soft_label_kl(*tensors).requires_grad
 
@@ -198,8 +198,8 @@ def largest_and_peak(run: Any, trace: Path) -> tuple[int, int]:
 def test_no_logits_of_all_rows(device: str, tmp_path: Path) -> None:
     """BERT's vocabulary and a small width, so that beside 2.9 MB of gradient of a weight only logits count."""
     vocabulary = 30522
-    chunk = 4 * outputs.CHUNK_ELEMENTS[device]
-    rows = 8 * outputs.CHUNK_ELEMENTS[device] // vocabulary
+    chunk = 4 * chunks.CHUNK_ELEMENTS[device]
+    rows = 8 * chunks.CHUNK_ELEMENTS[device] // vocabulary
     tensors = heads(rows, vocabulary, torch.float32, device)
     logits = rows * vocabulary * 4
 

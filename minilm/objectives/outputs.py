@@ -1,28 +1,24 @@
 """Soft-label distillation of the logits, which for a vocabulary are never held as a whole.
 
     L_OUT = T² KL(p ‖ q),   p = softmax(z_T / T), q = softmax(z_S / T)      (Hinton et al., arXiv 1503.02531, section 2)
-    z = h Wᵀ + b,   G = d L_OUT / d z_S = T (q − p),   dh = G W,   dW = Gᵀ h,   db = the sum of G over the rows
+    d L_OUT / d z_S = T (q − p)
 A model with a vocabulary head runs up to the input h of its output embeddings and no further (`minilm.models.heads`);
-the logits of a few rows at a time are made, used for the loss and all three gradients in the forward, and dropped. The
-backward only scales.
+its logits are made a few rows at a time (`minilm.objectives.chunks`).
 
 B batch, N tokens, M rows (tokens or examples), V vocabulary, d hidden size.
 """
 
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from minilm.errors import UsageError
 from minilm.models.batches import Batch, token_mask
 from minilm.models.heads import ExampleOutput, Output, TokenOutput
 from minilm.models.observe import Needs, Observed
+from minilm.objectives.chunks import Head, detached, sum_over_rows
 from minilm.objectives.term import Term, Unit
-
-CHUNK_ELEMENTS = {"cuda": 1 << 24, "cpu": 1 << 22}  # logits of one model in a chunk of rows: 64 and 16 MiB in float32
 
 LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-18, 1e18
 
@@ -128,104 +124,16 @@ def soft_label_kl(
         raise UsageError(f"the teacher has {len(teacher_hidden)} rows, the student {len(student_hidden)}")
     if len(student_weight) != len(teacher_weight):
         raise UsageError(f"the teacher's vocabulary is {len(teacher_weight)}, the student's {len(student_weight)}")
-    student: tuple[Tensor | None, ...] = student_hidden, student_weight, student_bias
-    if any(x is not None and unpack_dual(x).tangent is not None for x in student):  # which a detached one would lose
-        raise NotImplementedError("soft_label_kl has no forward-mode derivative: use reverse mode")
-    if not torch.is_grad_enabled():  # of which a Function's forward is not told
-        student = _detached(*student)
-    teacher = _detached(teacher_hidden, teacher_weight, teacher_bias)
-    result: Tensor = _SoftLabelKL.apply(*student, *teacher, temperature)  # type: ignore[no-untyped-call]
-    return result
+    wide = torch.promote_types(student_hidden.dtype, torch.float32)
+    teacher_head = Head(*detached(teacher_hidden, teacher_weight, teacher_bias), wide)
 
+    def kl(log_q: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        log_p = teacher_head.log_softmax(rows, temperature)
+        p = log_p.exp()
+        total = log_p.sub_(log_q).mul_(p).sum()
+        return total, log_q.exp_().sub_(p) if with_gradient else None
 
-def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.detach() for x in tensors)
-
-
-class _SoftLabelKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        temperature: float,
-    ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        student, teacher = _Head(hidden, weight, bias, wide), _Head(teacher_hidden, teacher_weight, teacher_bias, wide)
-        total = hidden.new_zeros((), dtype=wide)
-        d_hidden, d_weight, d_bias = (
-            torch.zeros_like(x, dtype=wide) if x is not None and needed else None
-            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        )
-        step = max(1, CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // len(weight))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(hidden), step):
-                rows = slice(start, start + step)
-                log_p, log_q = teacher.log_softmax(rows, temperature), student.log_softmax(rows, temperature)
-                p = log_p.exp()
-                total += log_p.sub_(log_q).mul_(p).sum()
-                if not any(ctx.needs_input_grad):
-                    continue
-                g = log_q.exp_().sub_(p).mul_(temperature)
-                if d_bias is not None:
-                    d_bias += g.sum(0)
-                g = g.to(student.weight.dtype)
-                if d_hidden is not None:
-                    _add_product(d_hidden[rows], g, student.weight)
-                if d_weight is not None:
-                    _add_product(d_weight, g.mT, student.hidden[rows])
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        return total.mul_(temperature**2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("soft_label_kl has first derivatives only: call backward without create_graph")
-        gradients = (
-            None if gradient is None else (gradient * grad).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *gradients, None, None, None, None
-
-
-class _Head:
-    """Hidden states and output layer in the dtype of their product, whose result is `wide`."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> None:
-        dtype = _product_dtype(hidden, wide)
-        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
-        self.bias = None if bias is None else bias.to(wide)
-        self.wide = wide
-
-    def log_softmax(self, rows: slice, temperature: float) -> Tensor:
-        """(rows, V)."""
-        logits = _product(self.hidden[rows], self.weight.mT, self.wide)
-        if self.bias is not None:
-            logits += self.bias
-        return torch.log_softmax(logits.div_(temperature), dim=1)
-
-
-def _product_dtype(x: Tensor, wide: torch.dtype) -> torch.dtype:
-    """Half precision where tensor cores add it up in float32, which elsewhere PyTorch does not offer."""
-    if x.device.type != "cuda" or wide == torch.float64:
-        return wide
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-
-
-def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    return a @ b if a.dtype == wide else torch.mm(a, b, out_dtype=wide)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+    return sum_over_rows(student_hidden, student_weight, student_bias, kl, temperature)
 
 
 def _example_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
