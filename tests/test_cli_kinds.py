@@ -58,6 +58,10 @@ KINDS = {
     "stream": (save_teacher, [*TEXT, "--streaming", "--shuffle_buffer", "8"]),
     "decoder": (lambda folder: save_teacher(folder, "llama"), [*TEXT, "--packing", "--student_init", "random"]),
     "masked LM": (lambda folder: with_head(folder, "ForMaskedLM"), [*TEXT, "--output_weight", "0.5"]),
+    "masked words": (
+        lambda folder: with_head(folder, "ForMaskedLM"),
+        [*TEXT, "--objective", "distilbert", "--packing", "--streaming", "--shuffle_buffer", "8"],
+    ),
     "classifier": (
         lambda folder: with_head(folder, "ForSequenceClassification", num_labels=3),
         [*TEXT, "--output_weight", "0.5", "--output_temperature", "2"],
@@ -105,14 +109,14 @@ def test_it_trains_stops_goes_on_and_loads(
     unit = "images" if kind == "vision" else "tokens"
     assert all(row[f"{unit}_per_second"] > 0 for row in logged)
     assert metrics["training"].keys() == {f"{unit}_per_second"}
-    assert ("output" in metrics["heldout"]) == (kind in ("masked LM", "classifier"))
+    assert ("output" in metrics["heldout"]) == (kind in ("masked LM", "masked words", "classifier"))
 
     student = AutoModel.from_pretrained("out")
     assert student.config.num_hidden_layers == 2
     with torch.no_grad():
         assert torch.isfinite(student(**tiny_inputs(student)).last_hidden_state).all()
     if "output" in metrics["heldout"]:
-        auto = AutoModelForMaskedLM if kind == "masked LM" else AutoModelForSequenceClassification
+        auto = AutoModelForMaskedLM if "masked" in kind else AutoModelForSequenceClassification
         _, info = auto.from_pretrained("out", output_loading_info=True)
         assert not info["missing_keys"]
         assert f"student = {auto.__name__}.from_pretrained('out')" in out

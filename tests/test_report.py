@@ -23,7 +23,7 @@ METRICS: dict[str, Any] = {
     "objective": "minilm-v2",
     "relations": {"qq": 1.0, "vv": 0.5},
     "relation_heads": 48,
-    "output_weight": 0.0,
+    "learns_the_end": False,
     "parts": {"qq": 1.0, "vv": 0.5},
     "auto_class": "AutoModel",
     "serves": False,

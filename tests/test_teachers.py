@@ -82,7 +82,7 @@ def test_loads_float32(tmp_path: Path) -> None:
 
 
 def test_without_a_trained_head(tmp_path: Path) -> None:
-    message = r"^the teacher '.*' has no trained head \({}\): leave out --output_weight$"
+    message = r"^the teacher '.*' has no trained head \({}\): leave out --output_weight, or take another --objective$"
     base = save(tmp_path / "base", "bert", "Model")
     with pytest.raises(ValueError, match=message.format("it was saved as BertModel")):
         load_teacher(base, head=True)

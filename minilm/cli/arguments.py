@@ -14,6 +14,7 @@ from minilm.cli.checks import MODES, find_data_flag, find_meaningless, find_miss
 from minilm.cli.demo import OUTPUT_DIR
 from minilm.cli.flags import DataArguments, ModelArguments, ObjectiveArguments, RunArguments, TrainerArguments
 from minilm.errors import reason
+from minilm.objectives.systems import own_defaults
 
 DESCRIPTION = """\
 Distil a Transformer into a small one by its self-attention relations (MiniLM).
@@ -93,6 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         parser.exit()
     if problem := find_meaningless(given, parser, groups):
         parser.error(problem)
+    parser.set_defaults(**own_defaults(given.objective))
     demo = given.teacher is None and given.data is None
     if demo:
         parser.set_defaults(**DEMO)

@@ -15,11 +15,11 @@ from minilm.models.probes import check_no_films, probe_inputs
 from minilm.models.students import build_student
 from minilm.objectives.masking import Masking
 from minilm.objectives.parsing import parse_layer_map, parse_relations
-from minilm.objectives.systems import SYSTEMS, with_soft_labels
+from minilm.objectives.systems import SYSTEMS, own_defaults, with_soft_labels
 from minilm.objectives.term import Objective
 
 PARSED = {"relations": parse_relations, "layer_map": parse_layer_map}
-# Flags of terms that go with every system.
+# Flags of terms that go with every system, unless it has such a term of its own.
 _OF_ALL = ("objective", "output_weight", "output_temperature")
 _OF_MASKING = ("mlm_probability", "whole_word_masking")
 
@@ -87,9 +87,10 @@ def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict
     """
     system = SYSTEMS[objective.objective]
     takes = {*inspect.signature(system.terms).parameters, *(_OF_MASKING if system.masked else ())}
-    flags = {field.name: field.default for field in dataclasses.fields(objective) if field.name not in _OF_ALL}
+    fields = (field for field in dataclasses.fields(objective) if field.name in takes or field.name not in _OF_ALL)
+    flags = {field.name: field.default for field in fields}
     given = {name: getattr(objective, name) for name in flags} | {"teacher_layer": model.teacher_layer}
-    flags["teacher_layer"] = -1
+    flags |= {"teacher_layer": -1} | own_defaults(objective.objective)
     options = {}
     for name, value in given.items():
         if value == flags[name]:

@@ -168,6 +168,7 @@ def _known(
         "output_weight": arguments.objective.output_weight,
         "parts": objective.parts,
         "auto_class": auto_class(student).__name__,
+        "learns_the_end": objective.learns_the_end,
         "serves": objective.learns_the_end or serves(models.name, trainer),
         "pooling": list(sentences.pooling if sentences else MEAN),
         "sentence_files": sentences is not None and _same_width(teacher, student),

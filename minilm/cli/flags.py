@@ -111,9 +111,13 @@ class ObjectiveArguments:
 
     _argument_group_name = "objective"
 
-    objective: Literal["minilm", "minilm-v2"] = field(
+    objective: Literal["minilm", "minilm-v2", "mlm-kd", "distilbert"] = field(
         default="minilm",
-        metadata=_about("minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads."),
+        metadata=_about(
+            "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm-kd: the teacher's logits "
+            "of masked tokens; distilbert: its logits of all tokens, the masked LM's loss and the cosine of the last "
+            "hidden states."
+        ),
     )
     relations: str | None = field(
         default=None,
@@ -144,7 +148,7 @@ class ObjectiveArguments:
         ),
     )
     output_temperature: float = field(
-        default=1.0, metadata=_about("Divides the logits of both models in the output loss.", "T")
+        default=1.0, metadata=_about("Divides the logits of both models in the output loss (of distilbert: 2).", "T")
     )
     mlm_probability: float = field(
         default=0.15, metadata=_about("Of a token to be masked, where both models read masked text.", "P")

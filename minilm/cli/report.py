@@ -110,13 +110,13 @@ def report_markdown(folder: Path, metrics: Metrics) -> str:
             f"Speeds are of the whole models, forward only, on held-out text in batches of {metrics['speed_batch']}, "
             f"measured on {metrics['device']}.",
             "",
-            *_table(["held-out loss (nats)", "untrained", "trained", "trained / untrained"], losses),
+            *_table(["held-out loss", "untrained", "trained", "trained / untrained"], losses),
             "",
             "![losses by step](curves.png)",
             "",
             *_how_to_load(folder, metrics),
             *_agreement(metrics),
-            *_how_to_encode(folder, metrics),
+            *_how_to_use(folder, metrics),
         ]
     )
 
@@ -139,10 +139,10 @@ def model_card(folder: Path, metrics: Metrics) -> str:
             "",
             f"{_count(metrics['parameters']['student']['total'])} parameters. {_what_was_done(metrics)}",
             "",
-            f"Held-out loss by relation, from the untrained student to this one: {losses}.",
+            f"Held-out losses, from the untrained student to this one: {losses}.",
             "",
             *_how_to_load(folder, metrics),
-            *_how_to_encode(folder, metrics),
+            *_how_to_use(folder, metrics),
         ]
     )
 
@@ -157,7 +157,7 @@ def plot_curves(relations: list[str], history: History) -> Figure:
         name = relation.upper()
         axes.plot(*zip(*train, strict=True), color=f"C{index}", linewidth=1, label=f"{name} training")
         axes.plot(*zip(*heldout, strict=True), "o", color=f"C{index}", label=f"{name} held-out")
-    axes.set(xlabel="step", ylabel="KL(teacher ‖ student), nats", yscale="log", title="Relation losses")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Losses")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
@@ -230,8 +230,8 @@ def _how_to_load(folder: Path, metrics: Metrics) -> list[str]:
 
 
 def _what_it_is_for(metrics: Metrics) -> str:
-    if metrics["output_weight"]:
-        return "The output loss trained the whole student: it serves as it is."
+    if metrics["learns_the_end"]:
+        return "The whole student was trained, up to what it returns: it serves as it is."
     if metrics["serves"]:
         return (
             "The relations train all that lies below the last layer's queries, keys and values. What lies above them "
@@ -278,14 +278,20 @@ def _agreement(metrics: Metrics) -> list[str]:
     ]
 
 
-def _how_to_encode(folder: Path, metrics: Metrics) -> list[str]:
-    """Two lines that make a vector of a sentence, where the student serves for that."""
+def _how_to_use(folder: Path, metrics: Metrics) -> list[str]:
+    """Lines that make a vector of a sentence, or fill in a masked word, where the student serves for that."""
     if metrics["processor"] != "tokenizer" or not metrics["serves"]:
         return []
     if metrics["sentence_files"]:
         lines = [
             "from sentence_transformers import SentenceTransformer",
             f'vectors = SentenceTransformer({str(folder)!r}).encode(["A sentence.", "And another one."])',
+        ]
+    elif metrics["auto_class"] == "AutoModelForMaskedLM":
+        lines = [
+            "from transformers import pipeline",
+            f'fill = pipeline("fill-mask", {str(folder)!r})',
+            'words = fill(f"A {fill.tokenizer.mask_token} sentence.")',
         ]
     else:
         token = {"cls": "[0]", "lasttoken": "[-1]"}.get(metrics["pooling"][0], ".mean(0)")

@@ -160,7 +160,9 @@ def loading(who: str, name: str, part: str = "") -> Iterator[None]:
 
 class _NoHeadError(UsageError):
     def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"the teacher {name!r} has no trained head ({why}): leave out --output_weight")
+        super().__init__(
+            f"the teacher {name!r} has no trained head ({why}): leave out --output_weight, or take another --objective"
+        )
 
 
 def _check_kind(name: str, config: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minilm.errors import UsageError
-from minilm.models.batches import Batch, token_mask
+from minilm.models.batches import NO_LABEL, Batch, labels_of, token_mask
 from minilm.models.heads import ExampleOutput, Output, TokenOutput
 from minilm.models.observe import Needs, Observed
 from minilm.objectives.chunks import Head, detached, sum_over_rows
@@ -68,7 +68,7 @@ class SoftLabels(Term):
     """L_OUT of the two models' heads as the part "output": its mean over the tokens, of classifiers over the examples.
 
     Args:
-        unit: "tokens" of a vocabulary head, "examples" of a classifier.
+        unit: "tokens" of a vocabulary head, or those of them that have "labels"; "examples" of a classifier.
         weight: of the part in the loss.
         temperature: T.
 
@@ -88,7 +88,8 @@ class SoftLabels(Term):
     def forward(self, teacher: Observed, student: Observed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert teacher.output is not None
         assert student.output is not None
-        total, count = output_loss(student.output, teacher.output, self.temperature, token_mask(batch))
+        mask = labels_of(batch) != NO_LABEL if self.unit == "labels" else token_mask(batch)
+        total, count = output_loss(student.output, teacher.output, self.temperature, mask)
         mean = total / count.clamp(min=1)
         return self.parts["output"] * mean, {"output": mean.detach()}
 

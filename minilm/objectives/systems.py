@@ -1,8 +1,9 @@
 """The systems: each an objective by name, a list of terms for a teacher and a student, with the paper's section."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -13,7 +14,9 @@ from minilm.models.layers import resolve_layer_map
 from minilm.models.observe import Needs
 from minilm.models.probes import is_causal
 from minilm.models.students import observe_probe
+from minilm.objectives.hidden import HiddenCosine
 from minilm.objectives.loss import MiniLMLoss
+from minilm.objectives.masked_lm import MaskedLM
 from minilm.objectives.outputs import SoftLabels, check_temperature
 from minilm.objectives.relations import Relations
 from minilm.objectives.term import Objective, Term, Unit
@@ -93,7 +96,40 @@ def minilm_v2(
     )
 
 
-SYSTEMS: dict[str, System] = {"minilm": System(minilm), "minilm-v2": System(minilm_v2)}
+def mlm_kd(teacher: PreTrainedModel, student: PreTrainedModel, *, output_temperature: float = 1.0) -> list[Term]:
+    """MLM-KD (MiniLM, table 3): the teacher's soft labels for the masked tokens.
+
+    Raises:
+        ValueError: a teacher that is no masked LM.
+    """
+    _check_masked_lm(teacher)
+    return [SoftLabels("labels", temperature=output_temperature)]
+
+
+def distilbert(teacher: PreTrainedModel, student: PreTrainedModel, *, output_temperature: float = 2.0) -> list[Term]:
+    """DistilBERT (section 2): soft labels for all tokens, masked or not, the masked LM's loss, and a cosine.
+
+    The weights and the temperature are those of its published training command.
+
+    Raises:
+        ValueError: a teacher that is no masked LM.
+    """
+    _check_masked_lm(teacher)
+    return [SoftLabels("tokens", 5.0, output_temperature), MaskedLM(2.0), HiddenCosine(1.0)]
+
+
+SYSTEMS: dict[str, System] = {
+    "minilm": System(minilm),
+    "minilm-v2": System(minilm_v2),
+    "mlm-kd": System(mlm_kd, head=True, masked=True),
+    "distilbert": System(distilbert, head=True, masked=True),
+}
+
+
+def own_defaults(name: str) -> dict[str, Any]:
+    """The defaults of a system's options by flag, but for options that are None: the flag's own counts for these."""
+    options = inspect.signature(SYSTEMS[name].terms).parameters.values()
+    return {option.name: option.default for option in options if option.default not in (option.empty, None)}
 
 
 def with_soft_labels(
@@ -101,13 +137,29 @@ def with_soft_labels(
 ) -> Objective:
     """The objective of these terms and, unless `weight` is 0, of the output loss (Hinton et al., section 2).
 
-    Raises `ValueError` for a student without a head, and for a temperature that is not positive or out of range.
+    Raises `ValueError` for a student without a head, for a temperature that is not positive or out of range, and for
+    terms that have an output loss already.
     """
     check_temperature(temperature)
+    objective = Objective(terms)
     if not weight:
-        return Objective(terms)
+        return objective
+    if own := objective.parts.get("output"):
+        raise UsageError(
+            f"output_weight is {weight:g}, and the objective has an output loss of weight {own:g} already: leave it out"
+        )
     unit: Unit = "tokens" if has_vocabulary_head(student) else "examples"
-    return Objective([*terms, SoftLabels(unit, weight, temperature)])
+    return Objective([*objective, SoftLabels(unit, weight, temperature)])
+
+
+def _check_masked_lm(teacher: PreTrainedModel) -> None:
+    if not has_vocabulary_head(teacher):
+        kind = "classifies"
+    elif is_causal(teacher):
+        kind = "predicts the next token"
+    else:
+        return
+    raise UsageError(f"the teacher is a {type(teacher).__name__}, which {kind}: masked tokens need a masked LM")
 
 
 def _layers(

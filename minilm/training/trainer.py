@@ -327,6 +327,8 @@ class DistillationTrainer(FeedingTrainer):
 
     def _means(self, prediction: EvalPrediction) -> dict[str, float]:
         means, weights = (np.asarray(x) for x in (prediction.predictions, prediction.label_ids))
+        if not weights.sum(0).all():
+            raise DataError(f"the held-out texts, {len(weights)}, are too few: a loss is the mean over nothing in them")
         return dict(zip(self.parts, ((means * weights).sum(0) / weights.sum(0)).tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,71 @@
+"""Two steps of the systems that mask; as a script on each rank that torchrun starts.
+
+python -m torch.distributed.run --nproc_per_node=2 masked_step.py FOLDER BATCH ACCUMULATION
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+from one_step import DEFAULTS, LENGTHS, NO_DROPOUT, sequences
+from tiny_models import tiny_model
+from tiny_text import tiny_tokenizer
+from transformers import DataCollatorWithPadding, TrainingArguments
+
+from minilm.models.students import build_student
+from minilm.objectives.masking import Masking
+from minilm.objectives.systems import SYSTEMS
+from minilm.objectives.term import Objective
+from minilm.training.trainer import DistillationTrainer
+
+MASKED = [name for name, system in SYSTEMS.items() if system.masked]
+PROBABILITY = 0.3  # so that no rank is without labels
+
+
+def masked_trainer(folder: Path, system: str, batch: int, accumulation: int) -> DistillationTrainer:
+    """Of twelve sequences, four of them empty: plain gradient descent."""
+    tokenizer = tiny_tokenizer()
+    teacher = tiny_model("bert", "ForMaskedLM", vocab_size=len(tokenizer), **NO_DROPOUT)
+    student = build_student(teacher, num_layers=2, with_head=True)
+    data = sequences((*LENGTHS, 4), empty=4).map(lambda row: {"input_ids": [i % 52 + 5 for i in row["input_ids"]]})
+    options = {
+        **DEFAULTS,
+        "max_steps": 2,
+        "learning_rate": 0.02,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_eval_batch_size": 3,
+    }
+    return DistillationTrainer(
+        teacher=teacher,
+        student=student,
+        criterion=Objective(SYSTEMS[system].terms(teacher, student)),
+        masking=Masking(tokenizer, probability=PROBABILITY),
+        args=TrainingArguments(str(folder / system), **options),
+        train_dataset=data,
+        eval_dataset=data.select(range(7)),  # which two ranks do not share evenly
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+    )
+
+
+def two_steps(folder: Path, batch: int, accumulation: int) -> None:
+    """Saves each system's student, and what was logged and evaluated."""
+    for system in MASKED:
+        run = masked_trainer(folder, system, batch, accumulation)
+        run.train()
+        run.save_model()
+        evaluation = run.evaluate()
+        if run.args.should_save:
+            names = ["loss", *run.parts]
+            logged = {name: [row[name] for row in run.state.log_history if name in row] for name in names}
+            logged |= {f"eval_{name}": [evaluation[f"eval_{name}"]] for name in names}
+            (folder / system / "log.json").write_text(json.dumps(logged))
+        run.accelerator.wait_for_everyone()
+    run.end()
+
+
+if __name__ == "__main__":
+    two_steps(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    gc.collect()  # what still holds gloo's group when the interpreter ends makes it abort
