@@ -111,12 +111,21 @@ class ObjectiveArguments:
 
     _argument_group_name = "objective"
 
-    objective: Literal["minilm", "minilm-v2", "mlm-kd", "distilbert"] = field(
+    objective: Literal[
+        "minilm",
+        "minilm-v2",
+        "mlm-kd",
+        "distilbert",
+        "mobilebert",
+        "mobilebert-transfer",
+        "mobilebert-distillation",
+    ] = field(
         default="minilm",
         metadata=_about(
             "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm-kd: the teacher's logits "
             "of masked tokens; distilbert: its logits of all tokens, the masked LM's loss and the cosine of the last "
-            "hidden states."
+            "hidden states; mobilebert: feature maps and attention, layer by layer (-transfer), beside the logits of "
+            "masked tokens and the masked LM's loss (-distillation)."
         ),
     )
     relations: str | None = field(

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 from minilm.errors import UsageError
 from minilm.models.capture import QKV
 from minilm.models.heads import has_vocabulary_head
-from minilm.models.layers import resolve_layer_map
+from minilm.models.layers import num_layers, resolve_layer_map
 from minilm.models.observe import Needs
 from minilm.models.probes import is_causal
 from minilm.models.students import observe_probe
 from minilm.objectives.hidden import HiddenCosine
+from minilm.objectives.hidden_mse import HiddenMSE
 from minilm.objectives.loss import MiniLMLoss
 from minilm.objectives.masked_lm import MaskedLM
 from minilm.objectives.outputs import SoftLabels, check_temperature
@@ -118,11 +119,81 @@ def distilbert(teacher: PreTrainedModel, student: PreTrainedModel, *, output_tem
     return [SoftLabels("tokens", 5.0, output_temperature), MaskedLM(2.0), HiddenCosine(1.0)]
 
 
+def mobilebert(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    layer_map: Mapping[int, int] | None = None,
+    output_temperature: float = 1.0,
+    implementation: str | None = None,
+) -> list[Term]:
+    """MobileBERT, knowledge transfer beside pre-training distillation in one loss (section 3.5, "auxiliary").
+
+    Args: as in `mobilebert_transfer` and `mobilebert_distillation`; raises as these.
+    """
+    distillation = mobilebert_distillation(teacher, student, output_temperature=output_temperature)
+    return [
+        *mobilebert_transfer(teacher, student, layer_map=layer_map, implementation=implementation),
+        *distillation,
+    ]
+
+
+def mobilebert_transfer(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    layer_map: Mapping[int, int] | None = None,
+    implementation: str | None = None,
+) -> list[Term]:
+    """MobileBERT's layer-wise knowledge transfer (section 3.4): layer-normed feature maps, and attention, head by head.
+
+    Args:
+        layer_map: the student's layers, each with the teacher's; by default each with its own.
+
+    Raises:
+        ValueError: other numbers of layers without `layer_map`; feature maps of other widths; other numbers of heads.
+    """
+    if layer_map is None:
+        layers = num_layers(teacher)
+        _check_equal("layers", teacher, student, layers, num_layers(student), "give --layer_map, or make them equal")
+        layer_map = {layer: layer for layer in range(1, layers + 1)}
+    layer_map = resolve_layer_map(teacher, student, layer_map)
+    for what, name, remedy in (
+        (
+            "numbers in a feature map",
+            "hidden_size",
+            "give --student_hidden_size the teacher's, or train a teacher of the student's width, such as a MobileBert "
+            "with a wider bottleneck (IB-BERT)",
+        ),
+        ("attention heads", "num_attention_heads", "give --student_num_heads the teacher's"),
+    ):
+        _check_equal(what, teacher, student, *(getattr(model.config, name) for model in (teacher, student)), remedy)
+    attention = MiniLMLoss({"qk": 1.0}, causal=is_causal(teacher), implementation=implementation)
+    return [HiddenMSE(layer_map, normalised=True), Relations(attention, layer_map)]
+
+
+def mobilebert_distillation(
+    teacher: PreTrainedModel, student: PreTrainedModel, *, output_temperature: float = 1.0
+) -> list[Term]:
+    """MobileBERT's pre-training distillation (section 3.4): half the teacher's soft labels, half the words themselves.
+
+    Next sentences are left out: the data are texts, not pairs of them.
+
+    Raises:
+        ValueError: a teacher that is no masked LM.
+    """
+    _check_masked_lm(teacher)
+    return [SoftLabels("labels", 0.5, output_temperature), MaskedLM(0.5)]
+
+
 SYSTEMS: dict[str, System] = {
     "minilm": System(minilm),
     "minilm-v2": System(minilm_v2),
     "mlm-kd": System(mlm_kd, head=True, masked=True),
     "distilbert": System(distilbert, head=True, masked=True),
+    "mobilebert": System(mobilebert, head=True, masked=True),
+    "mobilebert-transfer": System(mobilebert_transfer, head=True, masked=True),
+    "mobilebert-distillation": System(mobilebert_distillation, head=True, masked=True),
 }
 
 
@@ -150,6 +221,16 @@ def with_soft_labels(
         )
     unit: Unit = "tokens" if has_vocabulary_head(student) else "examples"
     return Objective([*objective, SoftLabels(unit, weight, temperature)])
+
+
+def _check_equal(
+    what: str, teacher: PreTrainedModel, student: PreTrainedModel, theirs: int, mine: int, remedy: str
+) -> None:
+    if theirs != mine:
+        raise UsageError(
+            f"the teacher, a {type(teacher).__name__}, has {theirs} {what}, the student, a {type(student).__name__}, "
+            f"{mine}: {remedy}"
+        )
 
 
 def _check_masked_lm(teacher: PreTrainedModel) -> None:
