@@ -15,7 +15,7 @@ POSITIVE = {
     *("eval_accumulation_steps", "dataloader_prefetch_factor", "logging_steps", "eval_steps", "save_steps"),
     *("student_num_layers", "student_hidden_size", "student_num_heads", "student_intermediate_size"),
     *("assistant_num_layers", "assistant_hidden_size", "relation_heads", "max_length", "shuffle_buffer"),
-    *("data_weights", "ddp_timeout", "ddp_bucket_cap_mb"),
+    *("data_weights", "ddp_timeout", "ddp_bucket_cap_mb", "intermediate_steps"),
 }
 BELOW_ONE = {"adam_beta1", "adam_beta2"}
 TEMPERATURES = {"relation_temperature", "output_temperature"}

@@ -95,8 +95,8 @@ def test_padding_is_no_part_of_the_mean() -> None:
     """TinyBERT's own code divides by all places, padding included: a batch padded further would count less."""
     teacher, student = qk(4, 6, 1), qk(4, 6, 2)
     more = torch.nn.functional.pad(MASK, (3, 0))
-    longer = [tuple(torch.nn.functional.pad(x, (0, 0, 3, 0), value=7.0) for x in pair) for pair in (teacher, student)]
-    assert torch.allclose(scores_mse(*longer, more), scores_mse(teacher, student, MASK), rtol=1e-6)
+    q_t, k_t, q_s, k_s = (torch.nn.functional.pad(x, (0, 0, 3, 0), value=7.0) for x in (*teacher, *student))
+    assert torch.allclose(scores_mse((q_t, k_t), (q_s, k_s), more), scores_mse(teacher, student, MASK), rtol=1e-6)
 
 
 def test_a_term_is_the_mean_over_sequences_that_have_tokens() -> None:
@@ -138,14 +138,15 @@ def test_packed_rows_are_their_sequences_one_by_one() -> None:
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.bfloat16, 2e-2), (torch.float64, 1e-13)])
 def test_other_dtypes(dtype: torch.dtype, rel: float) -> None:
     """Accumulated in float64 also under autocast."""
-    pairs = [tuple(x.detach().to(dtype).requires_grad_() for x in qk(4, 6, seed)) for seed in (1, 2)]
-    expected = as_written(*pairs)
+    q_t, k_t, q_s, k_s = (x.detach().to(dtype).requires_grad_() for seed in (1, 2) for x in qk(4, 6, seed))
+    teacher, student = (q_t, k_t), (q_s, k_s)
+    expected = as_written(teacher, student)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = scores_mse(*pairs, MASK)
+        loss = scores_mse(teacher, student, MASK)
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     assert_near(loss, expected, 1e-6 if dtype == torch.bfloat16 else rel)
-    gradients = torch.autograd.grad(expected.sum(), pairs[1])
-    for actual, gradient in zip(torch.autograd.grad(loss.sum(), pairs[1]), gradients, strict=True):
+    gradients = torch.autograd.grad(expected.sum(), student)
+    for actual, gradient in zip(torch.autograd.grad(loss.sum(), student), gradients, strict=True):
         assert actual.dtype == dtype
         assert_near(actual, gradient, rel)
 

@@ -61,7 +61,7 @@ class Arguments:
     run: RunArguments
     training: TrainingArguments
     demo: bool  # neither --teacher nor --data: the embedded demonstration
-    in_assistant_chain: bool = False  # a run of a teacher, an assistant and a student: either of its halves
+    in_chain: bool = False  # one of two runs of a command
 
 
 def own_arguments(arguments: Arguments) -> dict[str, Any]:

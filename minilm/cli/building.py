@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilm.cli.arguments import Arguments
 from minilm.cli.flags import ModelArguments, ObjectiveArguments
 from minilm.errors import UsageError
-from minilm.models.continued import load_student
+from minilm.models.continued import load_student, with_same_head
 from minilm.models.heads import check_output
 from minilm.models.probes import check_no_films, probe_inputs
 from minilm.models.students import build_student
@@ -44,15 +44,22 @@ def masking(arguments: Arguments, tokenizer: Any) -> Masking | None:
     )
 
 
-def student_and_objective(arguments: Arguments, teacher: PreTrainedModel) -> tuple[PreTrainedModel, Objective]:
+def student_and_objective(
+    arguments: Arguments, teacher: PreTrainedModel, before: PreTrainedModel | None = None
+) -> tuple[PreTrainedModel, Objective]:
     """The student on its device, and the objective, tried once on both models.
+
+    Args:
+        before: the student of the run before, where the one asked for is what that will leave: then one of its sizes.
 
     Raises `ValueError` for a student that cannot be built, and for an objective that the models cannot have.
     """
     model, objective, training = arguments.model, arguments.objective, arguments.training
     check_no_films(teacher)
     options = system_options(objective, model)
-    student = _student(arguments, teacher)
+    student = _student(arguments, teacher) if before is None else before
+    if before is not None and needs_head(arguments):
+        student = with_same_head(before, teacher)
     if needs_head(arguments):
         for with_head in (teacher, student):
             check_output(with_head, probe_inputs(with_head))

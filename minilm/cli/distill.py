@@ -72,7 +72,8 @@ def prepare(arguments: Arguments, next_run: Arguments | None = None) -> Run:
     """Loads and builds all that a run needs, so that mistakes show before work starts.
 
     Args:
-        next_run: the run after this one, whose teacher this one's student will be; its sizes are tried too.
+        next_run: the run after this one, which this one's student teaches, or in which it goes on; its sizes are
+            tried too.
 
     Raises:
         ValueError: one sentence on what the arguments ask for and cannot have.
@@ -127,14 +128,30 @@ def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
     with tried("cannot build the student"):
         student, objective = student_and_objective(arguments, teacher)
     if next_run is not None:
-        with tried("cannot build the student"):
-            student_and_objective(next_run, student)
+        _try_next(next_run, arguments, student)
     if arguments.data.packing:
         check_packable(teacher)
         check_packable(student)
-        if objective.student.output and not has_vocabulary_head(teacher):
-            raise UsageError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
+        _check_whole_rows(teacher, objective)
     return Models(name, teacher, student, objective, processor, saved_processor, sentences)
+
+
+def _try_next(arguments: Arguments, before: Arguments, student: PreTrainedModel) -> None:
+    """Builds what the next run trains: the student teaches there, or goes on where the teacher is the same."""
+    goes_on = arguments.model.teacher == before.model.teacher
+    teacher = student
+    if goes_on:
+        assert arguments.model.teacher is not None
+        teacher = read_teacher(arguments.model.teacher, head=needs_head(arguments)).model
+    with tried("cannot build the student"):
+        _, objective = student_and_objective(arguments, teacher, student if goes_on else None)
+    if arguments.data.packing:
+        _check_whole_rows(teacher, objective)
+
+
+def _check_whole_rows(teacher: PreTrainedModel, objective: Objective) -> None:
+    if objective.student.output and not has_vocabulary_head(teacher):
+        raise UsageError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
 
 
 def _make_trainer(arguments: Arguments, models: Models, inputs: Inputs) -> DistillationTrainer:
@@ -169,10 +186,11 @@ def _known(
         "parts": objective.parts,
         "auto_class": auto_class(student).__name__,
         "learns_the_end": objective.learns_the_end,
-        "serves": objective.learns_the_end or serves(models.name, trainer),
+        "serves": objective.learns_the_end or (not objective.student.hidden and serves(models.name, trainer)),
+        "learns_hidden": bool(objective.student.hidden),
         "pooling": list(sentences.pooling if sentences else MEAN),
         "sentence_files": sentences is not None and _same_width(teacher, student),
-        "is_assistants": arguments.in_assistant_chain,
+        "in_chain": arguments.in_chain,
         "processor": "tokenizer" if isinstance(models.processor, PreTrainedTokenizerBase) else "image processor",
         "teacher_layer": trainer.teacher_layer if len(objective.teacher.qkv) == 1 else 0,
         "layer_map": arguments.objective.layer_map,

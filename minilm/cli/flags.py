@@ -116,7 +116,10 @@ class ObjectiveArguments:
         "minilm-v2",
         "mlm-kd",
         "distilbert",
+        "tinybert",
+        "tinybert-task",
         "mobilebert",
+        "mobilebert-joint",
         "mobilebert-transfer",
         "mobilebert-distillation",
     ] = field(
@@ -124,8 +127,10 @@ class ObjectiveArguments:
         metadata=_about(
             "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm-kd: the teacher's logits "
             "of masked tokens; distilbert: its logits of all tokens, the masked LM's loss and the cosine of the last "
-            "hidden states; mobilebert: feature maps and attention, layer by layer (-transfer), beside the logits of "
-            "masked tokens and the masked LM's loss (-distillation)."
+            "hidden states; tinybert: embeddings, hidden states and attention scores, layer by layer; tinybert-task: "
+            "these on a classifier's texts, in OUTPUT_DIR/intermediate, and then its answers; mobilebert: feature maps "
+            "and attention, layer by layer (-transfer), beside the logits of masked tokens and the masked LM's loss "
+            "(-distillation), or the one in OUTPUT_DIR/transfer and then the other (-joint)."
         ),
     )
     relations: str | None = field(
@@ -136,9 +141,12 @@ class ObjectiveArguments:
         default=None,
         metadata=_about(
             "Which layers of the student learn from which of the teacher, student:teacher, as in 1:4,2:8,3:12 "
-            "(default: of relations the last from --teacher_layer).",
+            "(default: of relations the last from --teacher_layer; of tinybert each from a layer, evenly).",
             "PAIRS",
         ),
+    )
+    intermediate_steps: int | None = field(
+        default=None, metadata=_about("Steps of the first run of tinybert-task (default: as the second).", "N")
     )
     relation_heads: int | None = field(
         default=None,

@@ -169,7 +169,7 @@ def _hints(metrics: Metrics) -> list[str]:
     """MiniLM's own rule for a teacher assistant (section 3.4), where it applies and none is used."""
     teacher, student = metrics["teacher"], metrics["student"]
     small = 2 * student["layers"] <= teacher["layers"] and 2 * student["hidden_size"] <= teacher["hidden_size"]
-    if not small or metrics["is_assistants"]:
+    if not small or metrics["in_chain"]:
         return []
     return [
         f"hint       at most half the teacher's layers and width: an assistant may help, --assistant_num_layers "
@@ -237,6 +237,8 @@ def _what_it_is_for(metrics: Metrics) -> str:
             "The relations train all that lies below the last layer's queries, keys and values. What lies above them "
             "is the teacher's own last layer, unchanged: the student serves as it is."
         )
+    if metrics["learns_hidden"]:
+        return "Its hidden states were trained, and no head: fine-tune the student on a task before use."
     return (
         "The relations end at the last layer's queries, keys and values. What lies above them is untrained: fine-tune "
         "the student on a task before use. One with the teacher's width, from its layers and with the relations of its "

@@ -1,74 +1,132 @@
-"""Teacher, assistant, student: the runs that one command line asks for, one after the other (MiniLM, section 3.4)."""
+"""The runs that one command line asks for, one after the other: teacher, assistant, student; or a task's two stages."""
 
 import copy
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 from minilm.cli.arguments import Arguments, own_arguments
+from minilm.cli.flags import ObjectiveArguments
 from minilm.errors import UsageError
+from minilm.objectives.systems import SYSTEMS, Stage
 from minilm.training.runs import METRICS, OccupiedError, check_equal, starting_point
 
 ASSISTANT = "assistant"  # the folder of the first run, in the output folder
+NO_ASSISTANT = {"assistant_num_layers": None, "assistant_hidden_size": None}
+NO_SIZES = {
+    "student_num_layers": None,
+    "student_hidden_size": None,
+    "student_num_heads": None,
+    "student_intermediate_size": None,
+}
 
 
 def stages(arguments: Arguments) -> list[Arguments]:
-    """The runs still to be done, in order: one, or the assistant's and then the student's.
+    """The runs still to be done, in order: one, or two, of which the first leaves a model in a folder of its own.
 
-    The assistant is a model of its own in OUTPUT_DIR/assistant. When the command is resumed, a finished one is not
-    trained again.
+    That is an assistant, which teaches the student then (MiniLM, section 3.4), or for a system of two stages the
+    student itself, which goes on. When the command is resumed, a finished first run is not done again.
 
     Raises:
-        ValueError: a checkpoint of the student is named while there is no finished assistant; the finished one is of
-            another teacher, size, objective or data.
-        OccupiedError: there is a finished assistant, and nothing is to be resumed.
+        ValueError: a checkpoint of the second run is named while the first is not finished; the finished one is of
+            another teacher, size, objective or data; an assistant for a system of two stages.
+        OccupiedError: there is a finished first run, and nothing is to be resumed.
     """
-    model, resume = arguments.model, arguments.training.resume_from_checkpoint
+    first = SYSTEMS[arguments.objective.objective].first
+    model = arguments.model
     if model.assistant_num_layers is None and model.assistant_hidden_size is None:
-        return [arguments]
+        return [arguments] if first is None else _chain(*_stage_and_task(arguments, first), arguments)
+    if first is not None:
+        raise UsageError(
+            f"--objective {arguments.objective.objective} has two stages already: leave out --assistant_num_layers "
+            "and --assistant_hidden_size"
+        )
+    return _chain(*_assistant_and_student(arguments), arguments)
+
+
+def _assistant_and_student(arguments: Arguments) -> tuple[Arguments, Arguments]:
+    model = arguments.model
+    sizes = NO_SIZES | {
+        "student_num_layers": model.assistant_num_layers,
+        "student_hidden_size": model.assistant_hidden_size,
+        # Layers are the student's to take from this one.
+        "student_init": "auto" if model.student_init == "layers" else model.student_init,
+        "student": None,
+    }
     folder = Path(str(arguments.training.output_dir)) / ASSISTANT
-    none = {"assistant_num_layers": None, "assistant_hidden_size": None}
-    first = _stage(
+    first = _run(arguments, {"output_dir": str(folder), "push_to_hub": False}, NO_ASSISTANT | sizes)
+    second = _run(arguments, {}, NO_ASSISTANT | {"teacher": str(folder), "teacher_layer": -1})
+    return first, second
+
+
+def _stage_and_task(arguments: Arguments, stage: Stage) -> tuple[Arguments, Arguments]:
+    """What the first system alone takes is said to it alone."""
+    folder, steps = Path(str(arguments.training.output_dir)) / stage.folder, arguments.objective.intermediate_steps
+    systems = [SYSTEMS[name].terms for name in (stage.system, arguments.objective.objective)]
+    of_first, of_second = (inspect.signature(terms).parameters.keys() for terms in systems)
+    defaults = {field.name: field.default for field in dataclasses.fields(ObjectiveArguments)}
+    not_its_own = {name: value for name, value in defaults.items() if name in of_first - of_second}
+    length = {} if steps is None else {"max_steps": steps}
+    first = _run(
         arguments,
-        {"output_dir": str(folder), "push_to_hub": False},
-        **none,
-        student_num_layers=model.assistant_num_layers,
-        student_hidden_size=model.assistant_hidden_size,
-        student_num_heads=None,
-        student_intermediate_size=None,
-        student_init="auto" if model.student_init == "layers" else model.student_init,  # the student's are this one's
+        {"output_dir": str(folder), "push_to_hub": False, **length},
+        {},
+        {"objective": stage.system, "intermediate_steps": None},
     )
+    model = NO_SIZES | {"student": str(folder), "student_init": "auto"}
+    return first, _run(arguments, {}, model, not_its_own | {"intermediate_steps": None})
+
+
+def _chain(first: Arguments, second: Arguments, asked: Arguments) -> list[Arguments]:
+    """Those of the two runs that are still to be done."""
+    resume, folder = asked.training.resume_from_checkpoint, Path(str(first.training.output_dir))
     finished = (folder / METRICS).exists()
     if finished:
-        _check_assistant(folder, first, resume)
+        _check_finished(folder, first, resume)
     if resume not in (None, "auto"):
         if folder.resolve() in Path(resume).resolve().parents:
-            second = _stage(arguments, {"resume_from_checkpoint": None}, **none, teacher=str(folder), teacher_layer=-1)
-            return [first, second]
+            return [first, _run(second, {"resume_from_checkpoint": None})]
         if not finished:
-            raise UsageError(f"{resume!r} is a checkpoint of the student, and {folder} holds no finished assistant")
-    second = _stage(arguments, {}, **none, teacher=str(folder), teacher_layer=-1)
+            raise UsageError(
+                f"{resume!r} is a checkpoint of the student, and {folder} holds no finished {_called(folder)}"
+            )
     return [second] if resume is not None and finished else [first, second]
 
 
-def _check_assistant(folder: Path, arguments: Arguments, resume: str | None) -> None:
-    """Whether the finished assistant in `folder` is the one that the command asks for, and its run is continued."""
+def _check_finished(folder: Path, arguments: Arguments, resume: str | None) -> None:
+    """Whether the finished model in `folder` is the one that the command asks for, and its run is continued."""
     output = folder.parent
     if resume is None:
         starting_point(output, None)
         raise OccupiedError(
-            f"{output} holds a finished {ASSISTANT} and no finished student: add --resume_from_checkpoint auto to "
-            "continue, or choose another --output_dir"
+            f"{output} holds a finished {_called(folder)} and no finished student: add --resume_from_checkpoint auto "
+            "to continue, or choose another --output_dir"
         )
     saved = json.loads((folder / METRICS).read_text(encoding="utf-8"))["arguments"]
     wanted = own_arguments(arguments)
     check_equal(folder, {name: saved.get(name, "not set") for name in wanted}, wanted)
 
 
-def _stage(arguments: Arguments, training: dict[str, Any], **model: Any) -> Arguments:
+def _called(folder: Path) -> str:
+    return folder.name if folder.name == ASSISTANT else f"{folder.name} student"
+
+
+def _run(
+    arguments: Arguments,
+    training: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    objective: dict[str, Any] | None = None,
+) -> Arguments:
+    """The same with these values."""
     changed = copy.copy(arguments.training)  # `replace` would run its __post_init__ again
     for name, value in training.items():
         setattr(changed, name, value)
-    smaller = dataclasses.replace(arguments.model, **model)
-    return dataclasses.replace(arguments, model=smaller, training=changed, in_assistant_chain=True)
+    return dataclasses.replace(
+        arguments,
+        model=dataclasses.replace(arguments.model, **(model or {})),
+        objective=dataclasses.replace(arguments.objective, **(objective or {})),
+        training=changed,
+        in_chain=True,
+    )

@@ -86,7 +86,7 @@ def scores_mse(teacher: QK, student: QK, attention_mask: Tensor | None = None) -
     if not torch.is_grad_enabled():  # of which a Function's forward is not told
         q_s, k_s = q_s.detach(), k_s.detach()
     token = q_s.new_ones(q_s.shape[0], q_s.shape[2]) if attention_mask is None else attention_mask
-    means: Tensor = _ScoresMSE.apply(q_s, k_s, q_t.detach(), k_t.detach(), token != 0)  # type: ignore[no-untyped-call]
+    means: Tensor = _ScoresMSE.apply(q_s, k_s, q_t, k_t, token != 0)  # type: ignore[no-untyped-call]
     return means
 
 
@@ -105,18 +105,17 @@ class _ScoresMSE(torch.autograd.Function):
         at_once = CHUNK_ELEMENTS.get(q_s.device.type, CHUNK_ELEMENTS["cuda"]) // (places * (dim_t + dim_s))
         heads_at_once = max(1, min(heads, at_once))
         rows_at_once = max(1, at_once // heads)
-        with torch.autocast(q_s.device.type, enabled=False):
-            for row, head in product(range(0, batch, rows_at_once), range(0, heads, heads_at_once)):
-                rows = slice(row, row + rows_at_once)
-                some = rows, slice(head, head + heads_at_once)
-                a = _side_by_side(q_t[some], q_s[some], token[rows], (dim_t**-0.5, -(dim_s**-0.5)))
-                b = _side_by_side(k_t[some], k_s[some], token[rows], (1.0, 1.0))
-                gram_a, gram_b = a.mT @ a, b.mT @ b
-                sums[some] = (gram_a * gram_b).sum((-2, -1))
-                if needed:
-                    twice = 2 * share[rows, None, None, None]
-                    dq[some] = a @ gram_b[..., dim_t:] * twice * -(dim_s**-0.5)
-                    dk[some] = b @ gram_a[..., dim_t:] * twice
+        for row, head in product(range(0, batch, rows_at_once), range(0, heads, heads_at_once)):
+            rows = slice(row, row + rows_at_once)
+            some = rows, slice(head, head + heads_at_once)
+            a = _side_by_side(q_t[some], q_s[some], token[rows], (dim_t**-0.5, -(dim_s**-0.5)))
+            b = _side_by_side(k_t[some], k_s[some], token[rows], (1.0, 1.0))
+            gram_a, gram_b = a.mT @ a, b.mT @ b
+            sums[some] = (gram_a * gram_b).sum((-2, -1))
+            if needed:
+                twice = 2 * share[rows, None, None, None]
+                dq[some] = a @ gram_b[..., dim_t:] * twice * -(dim_s**-0.5)
+                dk[some] = b @ gram_a[..., dim_t:] * twice
         ctx.save_for_backward(dq, dk)
         ctx.dtypes = q_s.dtype, k_s.dtype
         return (sums.sum(1).clamp(min=0) * share).to(wide)

@@ -1,28 +1,34 @@
 """The systems: each an objective by name, a list of terms for a teacher and a student, with the paper's section."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
-from minilm.models.capture import QKV
 from minilm.models.heads import has_vocabulary_head
 from minilm.models.layers import num_layers, resolve_layer_map
-from minilm.models.observe import Needs
 from minilm.models.probes import is_causal
-from minilm.models.students import observe_probe
 from minilm.objectives.hidden import HiddenCosine
-from minilm.objectives.hidden_mse import HiddenMSE
+from minilm.objectives.hidden_mse import EMBEDDING, HiddenMSE
 from minilm.objectives.loss import MiniLMLoss
 from minilm.objectives.masked_lm import MaskedLM
 from minilm.objectives.outputs import SoftLabels, check_temperature
+from minilm.objectives.relation_heads import check_relation_heads, default_relation_heads
 from minilm.objectives.relations import Relations
+from minilm.objectives.scores import ScoresMSE
 from minilm.objectives.term import Objective, Term, Unit
 
 MINILM, MINILM_V2 = ("qk", "vv"), ("qq", "kk", "vv")
+
+
+class Stage(NamedTuple):
+    """A run that comes first; from its student the system's own run goes on."""
+
+    system: str
+    folder: str  # in the output folder
 
 
 class System(NamedTuple):
@@ -31,6 +37,7 @@ class System(NamedTuple):
     terms: Callable[..., list[Term]]  # (teacher, student, **options), the options under the names of their flags
     head: bool = False  # whether both models come with their heads
     masked: bool = False  # whether both see texts with masked tokens
+    first: Stage | None = None
 
 
 def minilm(
@@ -56,8 +63,7 @@ def minilm(
     """
     layers = _layers(teacher, student, layer_map, teacher_layer)
     if relation_heads is not None:
-        for pair in _probed(teacher, student, layers):
-            _check_relation_heads(relation_heads, *pair)
+        check_relation_heads(teacher, student, layers, relation_heads)
     causal = is_causal(teacher)
     criterion = MiniLMLoss(
         relations or MINILM, relation_heads, causal, relation_temperature, implementation=implementation
@@ -83,8 +89,8 @@ def minilm_v2(
             teacher, and the teacher's own number where four times that does not divide both widths.
     """
     if relation_heads is None:
-        pairs = _probed(teacher, student, _layers(teacher, student, layer_map, teacher_layer))
-        relation_heads = _default_relation_heads(*pairs[0])
+        layers = _layers(teacher, student, layer_map, teacher_layer)
+        relation_heads = default_relation_heads(teacher, student, layers)
     return minilm(
         teacher,
         student,
@@ -119,6 +125,45 @@ def distilbert(teacher: PreTrainedModel, student: PreTrainedModel, *, output_tem
     return [SoftLabels("tokens", 5.0, output_temperature), MaskedLM(2.0), HiddenCosine(1.0)]
 
 
+def tinybert(
+    teacher: PreTrainedModel, student: PreTrainedModel, *, layer_map: Mapping[int, int] | None = None
+) -> list[Term]:
+    """TinyBERT's Transformer distillation (section 3.1, eq. 7 to 9): embeddings, hidden states, attention scores.
+
+    It is the whole of the general stage (section 3.2), and of the first half of the task's. One projection serves all
+    layers.
+
+    Args:
+        layer_map: the student's layers, each with the teacher's, instead of the uniform g(m) = m N / M (section 4.2).
+
+    Raises:
+        ValueError: a number of layers that does not divide the teacher's; a decoder, or a model of anything but texts.
+    """
+    for model in (teacher, student):
+        if model.main_input_name != "input_ids" or is_causal(model):
+            raise UsageError(
+                f"--objective tinybert compares the scores of all pairs of a text's tokens, and {type(model).__name__} "
+                + ("sees none ahead" if model.main_input_name == "input_ids" else f"takes {model.main_input_name}")
+            )
+    layers = _uniform_layers(teacher, student) if layer_map is None else resolve_layer_map(teacher, student, layer_map)
+    projection = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
+    return [HiddenMSE({EMBEDDING: EMBEDDING, **layers}, projection), ScoresMSE(layers)]
+
+
+def tinybert_task(teacher: PreTrainedModel, student: PreTrainedModel) -> list[Term]:
+    """TinyBERT's prediction-layer distillation (section 3.1, eq. 10), with T = 1 (section 4.2).
+
+    Raises:
+        ValueError: a teacher that is no classifier.
+    """
+    if has_vocabulary_head(teacher):
+        raise UsageError(
+            f"--objective tinybert-task learns a classifier's answers, and the teacher is a {type(teacher).__name__}: "
+            "fine-tune it on the task first"
+        )
+    return [SoftLabels("examples")]
+
+
 def mobilebert(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
@@ -131,10 +176,9 @@ def mobilebert(
 
     Args: as in `mobilebert_transfer` and `mobilebert_distillation`; raises as these.
     """
-    distillation = mobilebert_distillation(teacher, student, output_temperature=output_temperature)
     return [
         *mobilebert_transfer(teacher, student, layer_map=layer_map, implementation=implementation),
-        *distillation,
+        *mobilebert_distillation(teacher, student, output_temperature=output_temperature),
     ]
 
 
@@ -153,21 +197,24 @@ def mobilebert_transfer(
     Raises:
         ValueError: other numbers of layers without `layer_map`; feature maps of other widths; other numbers of heads.
     """
+    pair = teacher, student
     if layer_map is None:
-        layers = num_layers(teacher)
-        _check_equal("layers", teacher, student, layers, num_layers(student), "give --layer_map, or make them equal")
-        layer_map = {layer: layer for layer in range(1, layers + 1)}
-    layer_map = resolve_layer_map(teacher, student, layer_map)
-    for what, name, remedy in (
-        (
-            "numbers in a feature map",
-            "hidden_size",
-            "give --student_hidden_size the teacher's, or train a teacher of the student's width, such as a MobileBert "
-            "with a wider bottleneck (IB-BERT)",
-        ),
-        ("attention heads", "num_attention_heads", "give --student_num_heads the teacher's"),
-    ):
-        _check_equal(what, teacher, student, *(getattr(model.config, name) for model in (teacher, student)), remedy)
+        _check_equal("layers", *pair, num_layers, "give --layer_map, or make them equal")
+        layer_map = {layer: layer for layer in range(1, num_layers(student) + 1)}
+    layer_map = resolve_layer_map(*pair, layer_map)
+    _check_equal(
+        "numbers in a feature map",
+        *pair,
+        lambda model: model.config.hidden_size,
+        "give --student_hidden_size the teacher's, or train a teacher of the student's width, such as a MobileBert "
+        "with a wider bottleneck (IB-BERT)",
+    )
+    _check_equal(
+        "attention heads",
+        *pair,
+        lambda model: model.config.num_attention_heads,
+        "give --student_num_heads the teacher's",
+    )
     attention = MiniLMLoss({"qk": 1.0}, causal=is_causal(teacher), implementation=implementation)
     return [HiddenMSE(layer_map, normalised=True), Relations(attention, layer_map)]
 
@@ -191,7 +238,12 @@ SYSTEMS: dict[str, System] = {
     "minilm-v2": System(minilm_v2),
     "mlm-kd": System(mlm_kd, head=True, masked=True),
     "distilbert": System(distilbert, head=True, masked=True),
+    "tinybert": System(tinybert),
+    "tinybert-task": System(tinybert_task, head=True, first=Stage("tinybert", "intermediate")),
     "mobilebert": System(mobilebert, head=True, masked=True),
+    "mobilebert-joint": System(
+        mobilebert_distillation, head=True, masked=True, first=Stage("mobilebert-transfer", "transfer")
+    ),
     "mobilebert-transfer": System(mobilebert_transfer, head=True, masked=True),
     "mobilebert-distillation": System(mobilebert_distillation, head=True, masked=True),
 }
@@ -224,12 +276,12 @@ def with_soft_labels(
 
 
 def _check_equal(
-    what: str, teacher: PreTrainedModel, student: PreTrainedModel, theirs: int, mine: int, remedy: str
+    what: str, teacher: PreTrainedModel, student: PreTrainedModel, count: Callable[[Any], int], remedy: str
 ) -> None:
-    if theirs != mine:
+    if count(teacher) != count(student):
         raise UsageError(
-            f"the teacher, a {type(teacher).__name__}, has {theirs} {what}, the student, a {type(student).__name__}, "
-            f"{mine}: {remedy}"
+            f"the teacher, a {type(teacher).__name__}, has {count(teacher)} {what}, the student, a "
+            f"{type(student).__name__}, {count(student)}: {remedy}"
         )
 
 
@@ -253,43 +305,11 @@ def _layers(
     return resolve_layer_map(teacher, student, layer_map)
 
 
-def _probed(teacher: PreTrainedModel, student: PreTrainedModel, layers: Mapping[int, int]) -> list[tuple[QKV, QKV]]:
-    """q, k, v of each pair of layers for the shortest input."""
-    given = observe_probe(teacher, Needs(tuple(layers.values()))).qkv
-    made = observe_probe(student, Needs(tuple(layers))).qkv
-    return [(given[of_teacher], made[layer]) for layer, of_teacher in layers.items()]
-
-
-def _default_relation_heads(teacher_qkv: QKV, student_qkv: QKV) -> int:
-    heads = teacher_qkv[0].shape[1]
-    widths = sorted(_widths(teacher_qkv) | _widths(student_qkv))
-    common = math.gcd(*widths)
-    for candidate in (4 * heads, heads):
-        if common % candidate == 0:
-            return candidate
-    raise UsageError(
-        f"neither {4 * heads} nor {heads} relation heads divide the widths {widths} of q, k and v; "
-        f"choose --relation_heads from {_divisors(common)}"
-    )
-
-
-def _check_relation_heads(relation_heads: int, teacher_qkv: QKV, student_qkv: QKV) -> None:
-    teacher, student = _widths(teacher_qkv), _widths(student_qkv)
-    common = math.gcd(*teacher, *student)
-    if relation_heads < 1 or common % relation_heads:
+def _uniform_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[int, int]:
+    of_teacher, of_student = num_layers(teacher), num_layers(student)
+    if of_teacher % of_student:
         raise UsageError(
-            f"{relation_heads} relation heads do not divide the teacher's width {_listed(teacher)} and the student's "
-            f"{_listed(student)}; choose --relation_heads from {_divisors(common)}"
+            f"the teacher's {of_teacher} layers are not divisible by the student's {of_student}: give --layer_map, as "
+            f"in 1:{max(1, of_teacher // of_student)},{of_student}:{of_teacher}"
         )
-
-
-def _widths(qkv: QKV) -> set[int]:
-    return {x.shape[1] * x.shape[3] for x in qkv}
-
-
-def _listed(widths: set[int]) -> str:
-    return " and ".join(map(str, sorted(widths)))
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, min(number, 256) + 1) if number % divisor == 0)
+    return {layer: layer * of_teacher // of_student for layer in range(1, of_student + 1)}
