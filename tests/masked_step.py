@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from one_step import DEFAULTS, LENGTHS, NO_DROPOUT, sequences
 from tiny_models import tiny_model
@@ -19,7 +20,8 @@ from minilm.objectives.systems import SYSTEMS
 from minilm.objectives.term import Objective
 from minilm.training.trainer import DistillationTrainer
 
-MASKED = [name for name, system in SYSTEMS.items() if system.masked]
+MASKED = ("mlm-kd", "distilbert")
+OPTIONS: dict[str, dict[str, Any]] = {**{name: {} for name in MASKED}, "mobilebert": {"layer_map": {1: 1, 2: 4}}}
 PROBABILITY = 0.3  # so that no rank is without labels
 
 
@@ -40,7 +42,7 @@ def masked_trainer(folder: Path, system: str, batch: int, accumulation: int) -> 
     return DistillationTrainer(
         teacher=teacher,
         student=student,
-        criterion=Objective(SYSTEMS[system].terms(teacher, student)),
+        criterion=Objective(SYSTEMS[system].terms(teacher, student, **OPTIONS[system])),
         masking=Masking(tokenizer, probability=PROBABILITY),
         args=TrainingArguments(str(folder / system), **options),
         train_dataset=data,
@@ -52,7 +54,7 @@ def masked_trainer(folder: Path, system: str, batch: int, accumulation: int) -> 
 
 def two_steps(folder: Path, batch: int, accumulation: int) -> None:
     """Saves each system's student, and what was logged and evaluated."""
-    for system in MASKED:
+    for system in OPTIONS:
         run = masked_trainer(folder, system, batch, accumulation)
         run.train()
         run.save_model()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CommandLine
-from masked_step import MASKED, two_steps
+from masked_step import MASKED, OPTIONS, two_steps
 from one_step import NO_DROPOUT, sequences
 from safetensors.torch import load_file
 from test_trainer import assert_close
@@ -200,7 +200,7 @@ def test_one_micro_batch_several_and_two_ranks_take_the_same_steps(tmp_path: Pat
     subprocess.run([*launch, *script], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for name, rows, accumulation in (("whole", 12, 1), ("halves", 6, 2)):
         two_steps(tmp_path / name, rows, accumulation)
-    for system in MASKED:
+    for system in OPTIONS:
         folders = [tmp_path / name / system for name in ("whole", "halves", "ranks")]
         first, *others = [AutoModelForMaskedLM.from_pretrained(folder).state_dict() for folder in folders]
         logged = [json.loads((folder / "log.json").read_text()) for folder in folders]

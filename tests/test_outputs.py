@@ -286,6 +286,22 @@ def test_vocabulary_head_gives_what_makes_its_logits(family: str, head: str) -> 
     assert not layer._forward_pre_hooks
 
 
+def test_mobileberts_head_is_put_together_of_its_two_parts() -> None:
+    """Its output embeddings are 16 wide, what they are multiplied with is 32."""
+    model = tiny_model("mobilebert", "ForMaskedLM")
+    inputs = tiny_inputs(model)
+    check_output(model, inputs)
+    _, output = forward_with_output(model, inputs)
+    trained = {name: x for name, x in model.named_parameters() if not name.startswith("mobilebert.pooler")}
+    gradients = []
+    for logits in (linear(*output), model(**inputs).logits):
+        loss = torch.log_softmax(logits, -1)[..., 7].sum()
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, list(trained.values()))])
+    assert "cls.predictions.dense.weight" in trained
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("family", "head"), CLASSIFIERS)
 def test_classifier_gives_its_logits(family: str, head: str) -> None:
     model = tiny_model(family, head, num_labels=3)

@@ -68,9 +68,9 @@ def fused_minilm_loss(
     >>> fused_minilm_loss((q, q, q), (q, 3 * q, q))
     tensor(0.1794)
     """
-    total, *_ = _losses_of_triples(
-        teacher,
-        student,
+    total, *_ = _losses_of_layers(
+        [teacher],
+        [student],
         checks.relation_weights(relations),
         relation_heads,
         Pattern(attention_mask, causal, prefix_lengths, cu_seqlens),
@@ -82,8 +82,8 @@ def fused_minilm_loss(
 
 
 def minilm_losses(
-    teacher: Triple,
-    student: Triple,
+    teacher: Sequence[Triple],
+    student: Sequence[Triple],
     relation_weights: Mapping[str, float],
     relation_heads: int | None,
     attention_mask: Tensor | None,
@@ -93,19 +93,29 @@ def minilm_losses(
     temperature: float,
     reduction: str,
     implementation: str | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`fused_minilm_loss`, and the loss of each relation by name, unweighted and detached."""
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """The sum of `fused_minilm_loss` over pairs of layers, all in one call.
+
+    Layers of equal shapes share their launches.
+
+    Args:
+        teacher, student: (q, k, v) of as many layers, the pairs in order.
+
+    Returns:
+        The sum, and of each pair the loss of each relation by name, unweighted and detached.
+    """
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
-    total, values, order = _losses_of_triples(
+    total, values, order = _losses_of_layers(
         teacher, student, relation_weights, relation_heads, pattern, temperature, reduction, implementation
     )
-    parts = dict(zip(order, values.unbind(0), strict=True))
-    return total, {name: parts[place] for place, name in enumerate(relation_weights)}
+    by_place = dict(zip(order, values.unbind(0), strict=True))
+    losses = iter([by_place[place] for place in range(len(order))])
+    return total, [{name: next(losses) for name in relation_weights} for _ in teacher]
 
 
-def _losses_of_triples(
-    teacher: Triple,
-    student: Triple,
+def _losses_of_layers(
+    teacher: Sequence[Triple],
+    student: Sequence[Triple],
     relation_weights: Mapping[str, float],
     relation_heads: int | None,
     pattern: Pattern,
@@ -114,11 +124,15 @@ def _losses_of_triples(
     implementation: str | None,
 ) -> Losses:
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_triple("teacher", teacher)
-    checks.check_triple("student", student)
-    places = [(_PLACE[name[0]], _PLACE[name[1]]) for name in relation_weights]
-    sides = [(teacher[x], teacher[y], student[x], student[y]) for x, y in places]
-    return _losses(relation_weights, sides, relation_heads, pattern, temperature, reduction, implementation)
+    relations, sides = [], []
+    for of_teacher, of_student in zip(teacher, student, strict=True):
+        checks.check_triple("teacher", of_teacher)
+        checks.check_triple("student", of_student)
+        for name, weight in relation_weights.items():
+            x, y = _PLACE[name[0]], _PLACE[name[1]]
+            relations.append((name, weight))
+            sides.append((of_teacher[x], of_teacher[y], of_student[x], of_student[y]))
+    return _losses(relations, sides, relation_heads, pattern, temperature, reduction, implementation)
 
 
 def relation_kl(
@@ -152,12 +166,12 @@ def relation_kl(
     checks.check_choice("reduction", reduction, (*checks.REDUCTIONS, "none"))
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
     sides = [(x_t, y_t, x_s, y_s)]
-    loss, *_ = _losses({"x-y": 1.0}, sides, relation_heads, pattern, temperature, reduction, implementation)
+    loss, *_ = _losses([("x-y", 1.0)], sides, relation_heads, pattern, temperature, reduction, implementation)
     return loss[0] if reduction == "none" else loss
 
 
 def _losses(
-    weights: Mapping[str, float],
+    relations: Sequence[tuple[str, float]],  # name and weight
     sides: Sequence[Any],  # `Sides` of each relation; what is no tensor is refused here
     relation_heads: int | None,
     pattern: Pattern,
@@ -165,7 +179,7 @@ def _losses(
     reduction: str,
     implementation: str | None,
 ) -> Losses:
-    """The weighted sum, and the losses of the relations, detached, with the place of each in `weights`.
+    """The weighted sum, and the losses of the relations, detached, with the place of each in `relations`.
 
     Under reduction "none" there is one relation, and its rows (1, B, R, N) stand for the weighted sum.
     """
@@ -175,7 +189,7 @@ def _losses(
     if implementation is not None:
         checks.check_choice("implementation", implementation, checks.IMPLEMENTATIONS)
     known, described = not torch.compiler.is_compiling(), []
-    for name, tensors in zip(weights, sides, strict=True):
+    for (name, weight), tensors in zip(relations, sides, strict=True):
         for x in tensors:
             if type(x) is not Tensor:
                 checks.check_tensors(name, tensors)
@@ -186,7 +200,7 @@ def _losses(
         is_self = y_t is x_t and y_s is x_s
         x_t_layout, x_s_layout = layout(x_t), layout(x_s)
         layouts = x_t_layout, x_t_layout if is_self else layout(y_t), x_s_layout, x_s_layout if is_self else layout(y_s)
-        described.append((name, weights[name], is_self, layouts))
+        described.append((name, weight, is_self, layouts))
     has_row_weights = pattern.attention_mask is not None or pattern.cu_seqlens is not None
     call = tuple(described), relation_heads, has_row_weights, pattern.causal, temperature, reduction, implementation
     groups, order, chosen, splits_heads, wide = (known_grouping if known else grouping)(call)
@@ -199,7 +213,7 @@ def _losses(
             (*relation_pair(x_t, y_t, relation_heads), *relation_pair(x_s, y_s, relation_heads))
             for x_t, y_t, x_s, y_s in sides
         ]
-    relations = [group.relations(sides, masks) for group in groups]
+    grouped = [group.relations(sides, masks) for group in groups]
     if chosen == "reference":
-        return *reference_losses(relations, pattern), order
-    return *relation_losses(relations, chosen), order
+        return *reference_losses(grouped, pattern), order
+    return *relation_losses(grouped, chosen), order

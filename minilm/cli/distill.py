@@ -210,7 +210,7 @@ def _known(
         "sentence_files": embedding is not None or (sentences is not None and _same_width(teacher, student)),
         "in_chain": arguments.in_chain,
         "processor": "tokenizer" if isinstance(models.processor, PreTrainedTokenizerBase) else "image processor",
-        "teacher_layer": trainer.teacher_layer,
+        "teacher_layer": trainer.teacher_layer if len(objective.teacher.qkv) == 1 else 0,
         "layer_map": arguments.objective.layer_map,
         "teacher": {"name": arguments.model.teacher or TEACHER_NAME, **sizes(teacher)},
         "student": {"name": training.output_dir, **sizes(student)},

@@ -127,13 +127,27 @@ class ObjectiveArguments:
 
     _argument_group_name = "objective"
 
-    objective: Literal["minilm", "minilm-v2", "mlm-kd", "distilbert", "tinybert", "tinybert-task", "embedding"] = field(
+    objective: Literal[
+        "minilm",
+        "minilm-v2",
+        "mlm-kd",
+        "distilbert",
+        "tinybert",
+        "tinybert-task",
+        "mobilebert",
+        "mobilebert-joint",
+        "mobilebert-transfer",
+        "mobilebert-distillation",
+        "embedding",
+    ] = field(
         default="minilm",
         metadata=_about(
             "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm-kd: the teacher's logits "
             "of masked tokens; distilbert: its logits of all tokens, the masked LM's loss and the cosine of the last "
             "hidden states; tinybert: embeddings, hidden states and attention scores, layer by layer; tinybert-task: "
-            "these on a classifier's texts, in OUTPUT_DIR/intermediate, and then its answers; embedding: the vectors "
+            "these on a classifier's texts, in OUTPUT_DIR/intermediate, and then its answers; mobilebert: feature maps "
+            "and attention, layer by layer (-transfer), beside the logits of masked tokens and the masked LM's loss "
+            "(-distillation), or the one in OUTPUT_DIR/transfer and then the other (-joint); embedding: the vectors "
             "of sentences alone."
         ),
     )

@@ -149,7 +149,7 @@ def model_card(folder: Path, metrics: Metrics) -> str:
 
 def plot_curves(relations: list[str], history: History) -> Figure:
     """Each relation's loss by step: a line for training, points for held-out text; the loss axis is logarithmic."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, max(4, 0.5 * len(relations))), layout="constrained")  # two lines of legend a relation
     axes = figure.subplots()
     for index, relation in enumerate(relations):
         train = [(row["step"], row[relation]) for row in history if relation in row]

@@ -3,11 +3,12 @@
 B batch, N tokens, V vocabulary, C classes, d hidden size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
@@ -39,8 +40,8 @@ def run_up_to_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Outpu
     Raises `ValueError` for a model without such a head. That nothing comes after the output layer is `check_output`'s
     to see.
     """
-    output_layer = _output_layer(model)
-    return ExampleOutput(model(**inputs).logits) if output_layer is None else _run_up_to(model, output_layer, inputs)
+    head = _vocabulary_head(model)
+    return ExampleOutput(model(**inputs).logits) if head is None else _run_up_to(model, head, inputs)
 
 
 def check_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
@@ -50,9 +51,9 @@ def check_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         ValueError: no head; a vocabulary head whose result the model changes (softcap, scale) or does not use; a
             classifier with one label or with several labels at once, where a softmax means nothing.
     """
-    output_layer = _output_layer(model)
+    head = _vocabulary_head(model)
     name = type(model).__name__
-    if output_layer is None:
+    if head is None:
         labels, problem = len(model.config.id2label or ()), model.config.problem_type
         if labels < 2 or problem == "multi_label_classification":
             raise UsageError(
@@ -60,14 +61,16 @@ def check_output(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
                 "so there is no softmax to distil"
             )
         return
-    expected = torch.linspace(-1000.0, 1000.0, output_layer.out_features)  # far out, where a softcap shows
+    expected: list[Tensor] = []
 
-    def replace(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
-        return expected.to(logits).expand_as(logits)
+    def far_out(hidden: Tensor) -> Tensor:  # where a softcap shows
+        x = torch.linspace(-1000.0, 1000.0, hidden.shape[-1]).to(hidden).expand_as(hidden)
+        expected.append(nn.functional.linear(x, head.weight(), head.layer.bias))
+        return x
 
-    with output_layer.register_forward_hook(replace), torch.no_grad():
+    with head.replaced(far_out), torch.no_grad():
         logits = model(**inputs).logits
-    if not torch.equal(logits, expected.to(logits).expand_as(logits)):
+    if not (expected and torch.allclose(logits, expected[-1], rtol=1e-4)):
         raise UsageError(f"{name} does not return what its output layer computes, but changes it: use another teacher")
 
 
@@ -84,11 +87,29 @@ def logits_of_first(model: PreTrainedModel, texts: Sequence[Sequence[int]], padd
 
 def has_vocabulary_head(model: PreTrainedModel) -> bool:
     """Whether the output loss is one of tokens, not of examples. Raises `ValueError` for a model without a head."""
-    return _output_layer(model) is not None
+    return _vocabulary_head(model) is not None
 
 
-def _output_layer(model: PreTrainedModel) -> nn.Linear | None:
-    """The model's output embeddings; None for a classifier."""
+class _VocabularyHead(NamedTuple):
+    """The output embeddings, and of MobileBERT, where they are narrower than what is multiplied, the other columns."""
+
+    layer: nn.Linear  # (V, d), of MobileBERT (V, d_embeddings)
+    others: nn.Linear | None = None  # (d - d_embeddings, V)
+    transform: nn.Module | None = None  # returns what is multiplied, where that is not what `layer` is called with
+
+    def weight(self) -> Tensor:
+        """(V, d), as it is now: outside of the forward FSDP may hold a shard of it."""
+        return self.layer.weight if self.others is None else torch.cat([self.layer.weight, self.others.weight.mT], 1)
+
+    def replaced(self, replace: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Has `replace` called with what is multiplied, (B, N, d), and its result multiplied instead."""
+        if self.transform is not None:
+            return self.transform.register_forward_hook(lambda _, __, hidden: replace(hidden))
+        return self.layer.register_forward_pre_hook(lambda _, arguments: (replace(arguments[0]),))
+
+
+def _vocabulary_head(model: PreTrainedModel) -> _VocabularyHead | None:
+    """None for a classifier."""
     name = type(model).__name__
     if name.endswith(("ForSequenceClassification", "ForImageClassification")):
         return None
@@ -96,22 +117,24 @@ def _output_layer(model: PreTrainedModel) -> nn.Linear | None:
     if not isinstance(layer, nn.Linear):
         found = "nothing" if layer is None else type(layer).__name__
         raise UsageError(f"{name} has no head to distil: its output embeddings are {found}, not a Linear")
-    return layer
+    if model.config.model_type != "mobilebert":
+        return _VocabularyHead(layer)
+    predictions: Any = model.get_submodule("cls.predictions")
+    return _VocabularyHead(layer, predictions.dense, predictions.transform)
 
 
 class _ReachedOutput(BaseException):
     """Ends a forward; not an `Exception`, so that no model's own `except` takes it."""
 
 
-def _run_up_to(model: PreTrainedModel, output_layer: nn.Linear, inputs: Mapping[str, Any]) -> TokenOutput:
+def _run_up_to(model: PreTrainedModel, head: _VocabularyHead, inputs: Mapping[str, Any]) -> TokenOutput:
     found: list[TokenOutput] = []
 
-    def stop(layer: Any, arguments: tuple[Tensor, ...]) -> None:
-        # The weight as it is now: outside of the forward FSDP may hold a shard of it.
-        found.append(TokenOutput(arguments[0], layer.weight, layer.bias))
+    def stop(hidden: Tensor) -> Tensor:
+        found.append(TokenOutput(hidden, head.weight(), head.layer.bias))
         raise _ReachedOutput
 
-    with output_layer.register_forward_pre_hook(stop):
+    with head.replaced(stop):
         try:
             model(**inputs)
         except _ReachedOutput:

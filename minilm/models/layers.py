@@ -1,6 +1,7 @@
 """The layers of a transformers model: how many, which a number names, and which modules lie in which."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,32 @@ def resolve_layer(model_or_config: Any, layer: int) -> int:
     if not 1 <= abs(layer) <= last:
         raise UsageError(f"layer {layer} does not exist: layers are 1 to {last}, or -{last} to -1 from the last down")
     return layer if layer > 0 else last + 1 + layer
+
+
+def resolve_layer_map(teacher: Any, student: Any, layers: Mapping[int, int]) -> dict[int, int]:
+    """The student's layers, each with the teacher's, by their numbers from 1.
+
+    Raises `ValueError` for a layer that does not exist, and for one of the student's that stands twice.
+    """
+    resolved: dict[int, int] = {}
+    for of_student, of_teacher in layers.items():
+        pair = []
+        for whose, model, layer in (("student", student, of_student), ("teacher", teacher, of_teacher)):
+            if not 1 <= abs(layer) <= num_layers(model):
+                raise UsageError(
+                    f"layer_map {_written(layers)} names layer {layer} of the {whose}, which has {num_layers(model)}"
+                )
+            pair.append(resolve_layer(model, layer))
+        if pair[0] in resolved:
+            raise UsageError(
+                f"layer_map {_written(layers)} names layer {pair[0]} of the student twice, then as {of_student}"
+            )
+        resolved[pair[0]] = pair[1]
+    return resolved
+
+
+def _written(layers: Mapping[int, int]) -> str:
+    return ",".join(f"{student}:{teacher}" for student, teacher in layers.items())
 
 
 def uncompiled(model: Any) -> PreTrainedModel:

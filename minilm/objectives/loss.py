@@ -45,6 +45,18 @@ class MiniLMLoss(nn.Module):
         cu_seqlens: Tensor | None = None,  # (S + 1,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and {relation: its unweighted loss, detached}."""
+        total, (parts,) = self.of_layers([teacher], [student], attention_mask, prefix_lengths, cu_seqlens)
+        return total, parts
+
+    def of_layers(
+        self,
+        teacher: Sequence[Triple],
+        student: Sequence[Triple],
+        attention_mask: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The weighted sum over pairs of layers, in as few launches as of one, and the losses of each pair."""
         return minilm_losses(
             teacher,
             student,

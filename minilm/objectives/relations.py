@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minilm.errors import UsageError
@@ -54,11 +53,13 @@ class Relations(Term):
         return relation if len(self.layers) == 1 else f"{relation}_{layer}"
 
     def forward(self, teacher: Observed, student: Observed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        losses: list[Tensor] = []
-        parts: dict[str, Tensor] = {}
-        for layer, of_teacher in self.layers.items():
-            pair = relation_qkv(teacher.qkv[of_teacher], batch), relation_qkv(student.qkv[layer], batch)
-            loss, values = self.criterion(*pair, **relation_mask(batch))
-            losses.append(loss)
-            parts |= {self._name(relation, layer): value for relation, value in values.items()}
-        return torch.stack(losses).sum() if len(losses) > 1 else losses[0], parts
+        total, losses = self.criterion.of_layers(
+            [relation_qkv(teacher.qkv[layer], batch) for layer in self.layers.values()],
+            [relation_qkv(student.qkv[layer], batch) for layer in self.layers],
+            **relation_mask(batch),
+        )
+        return total, {
+            self._name(relation, layer): value
+            for layer, of_layer in zip(self.layers, losses, strict=True)
+            for relation, value in of_layer.items()
+        }

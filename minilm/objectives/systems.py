@@ -1,7 +1,6 @@
 """The systems: each an objective by name, a list of terms for a teacher and a student, with the paper's section."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,17 +8,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
-from minilm.models.capture import QKV
 from minilm.models.heads import has_vocabulary_head
-from minilm.models.layers import num_layers
-from minilm.models.observe import Needs
+from minilm.models.layers import num_layers, resolve_layer_map
 from minilm.models.probes import is_causal
-from minilm.models.students import observe_probe
 from minilm.objectives.hidden import HiddenCosine
 from minilm.objectives.hidden_mse import EMBEDDING, HiddenMSE
 from minilm.objectives.loss import MiniLMLoss
 from minilm.objectives.masked_lm import MaskedLM
 from minilm.objectives.outputs import SoftLabels, check_temperature
+from minilm.objectives.relation_heads import check_relation_heads, default_relation_heads
 from minilm.objectives.relations import Relations
 from minilm.objectives.scores import ScoresMSE
 from minilm.objectives.term import Objective, Term, Unit
@@ -65,10 +62,9 @@ def minilm(
     Raises:
         ValueError: an unknown relation; relation heads that do not divide the widths; a layer that does not exist.
     """
-    layers = _layers(layer_map, teacher_layer)
+    layers = _layers(teacher, student, layer_map, teacher_layer)
     if relation_heads is not None:
-        for pair in _probed(teacher, student, layers):
-            _check_relation_heads(relation_heads, *pair)
+        check_relation_heads(teacher, student, layers, relation_heads)
     causal = is_causal(teacher)
     criterion = MiniLMLoss(
         relations or MINILM, relation_heads, causal, relation_temperature, implementation=implementation
@@ -94,8 +90,8 @@ def minilm_v2(
             teacher, and the teacher's own number where four times that does not divide both widths.
     """
     if relation_heads is None:
-        pairs = _probed(teacher, student, _layers(layer_map, teacher_layer))
-        relation_heads = _default_relation_heads(*pairs[0])
+        layers = _layers(teacher, student, layer_map, teacher_layer)
+        relation_heads = default_relation_heads(teacher, student, layers)
     return minilm(
         teacher,
         student,
@@ -155,7 +151,7 @@ def tinybert(
                 f"--objective tinybert compares the scores of all pairs of a text's tokens, and {type(model).__name__} "
                 + ("sees none ahead" if model.main_input_name == "input_ids" else f"takes {model.main_input_name}")
             )
-    layers = _uniform_layers(teacher, student) if layer_map is None else layer_map
+    layers = _uniform_layers(teacher, student) if layer_map is None else resolve_layer_map(teacher, student, layer_map)
     projection = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
     return [HiddenMSE({EMBEDDING: EMBEDDING, **layers}, projection), ScoresMSE(layers)]
 
@@ -174,6 +170,75 @@ def tinybert_task(teacher: PreTrainedModel, student: PreTrainedModel) -> list[Te
     return [SoftLabels("examples")]
 
 
+def mobilebert(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    layer_map: Mapping[int, int] | None = None,
+    output_temperature: float = 1.0,
+    implementation: str | None = None,
+) -> list[Term]:
+    """MobileBERT, knowledge transfer beside pre-training distillation in one loss (section 3.5, "auxiliary").
+
+    Args: as in `mobilebert_transfer` and `mobilebert_distillation`; raises as these.
+    """
+    return [
+        *mobilebert_transfer(teacher, student, layer_map=layer_map, implementation=implementation),
+        *mobilebert_distillation(teacher, student, output_temperature=output_temperature),
+    ]
+
+
+def mobilebert_transfer(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    layer_map: Mapping[int, int] | None = None,
+    implementation: str | None = None,
+) -> list[Term]:
+    """MobileBERT's layer-wise knowledge transfer (section 3.4): layer-normed feature maps, and attention, head by head.
+
+    Args:
+        layer_map: the student's layers, each with the teacher's; by default each with its own.
+
+    Raises:
+        ValueError: other numbers of layers without `layer_map`; feature maps of other widths; other numbers of heads.
+    """
+    pair = teacher, student
+    if layer_map is None:
+        _check_equal("layers", *pair, num_layers, "give --layer_map, or make them equal")
+        layer_map = {layer: layer for layer in range(1, num_layers(student) + 1)}
+    layer_map = resolve_layer_map(*pair, layer_map)
+    _check_equal(
+        "numbers in a feature map",
+        *pair,
+        lambda model: model.config.hidden_size,
+        "give --student_hidden_size the teacher's, or train a teacher of the student's width, such as a MobileBert "
+        "with a wider bottleneck (IB-BERT)",
+    )
+    _check_equal(
+        "attention heads",
+        *pair,
+        lambda model: model.config.num_attention_heads,
+        "give --student_num_heads the teacher's",
+    )
+    attention = MiniLMLoss({"qk": 1.0}, causal=is_causal(teacher), implementation=implementation)
+    return [HiddenMSE(layer_map, normalised=True), Relations(attention, layer_map)]
+
+
+def mobilebert_distillation(
+    teacher: PreTrainedModel, student: PreTrainedModel, *, output_temperature: float = 1.0
+) -> list[Term]:
+    """MobileBERT's pre-training distillation (section 3.4): half the teacher's soft labels, half the words themselves.
+
+    Next sentences are left out: the data are texts, not pairs of them.
+
+    Raises:
+        ValueError: a teacher that is no masked LM.
+    """
+    _check_masked_lm(teacher)
+    return [SoftLabels("labels", 0.5, output_temperature), MaskedLM(0.5)]
+
+
 SYSTEMS: dict[str, System] = {
     "minilm": System(minilm),
     "minilm-v2": System(minilm_v2),
@@ -181,6 +246,12 @@ SYSTEMS: dict[str, System] = {
     "distilbert": System(distilbert, head=True, masked=True),
     "tinybert": System(tinybert),
     "tinybert-task": System(tinybert_task, head=True, first=Stage("tinybert", "intermediate")),
+    "mobilebert": System(mobilebert, head=True, masked=True),
+    "mobilebert-joint": System(
+        mobilebert_distillation, head=True, masked=True, first=Stage("mobilebert-transfer", "transfer")
+    ),
+    "mobilebert-transfer": System(mobilebert_transfer, head=True, masked=True),
+    "mobilebert-distillation": System(mobilebert_distillation, head=True, masked=True),
     "embedding": System(embedding, embedding_weight=1.0),
 }
 
@@ -211,6 +282,16 @@ def with_soft_labels(
     return Objective([*objective, SoftLabels(unit, weight, temperature)])
 
 
+def _check_equal(
+    what: str, teacher: PreTrainedModel, student: PreTrainedModel, count: Callable[[Any], int], remedy: str
+) -> None:
+    if count(teacher) != count(student):
+        raise UsageError(
+            f"the teacher, a {type(teacher).__name__}, has {count(teacher)} {what}, the student, a "
+            f"{type(student).__name__}, {count(student)}: {remedy}"
+        )
+
+
 def _check_masked_lm(teacher: PreTrainedModel) -> None:
     if not has_vocabulary_head(teacher):
         kind = "classifies"
@@ -221,12 +302,14 @@ def _check_masked_lm(teacher: PreTrainedModel) -> None:
     raise UsageError(f"the teacher is a {type(teacher).__name__}, which {kind}: masked tokens need a masked LM")
 
 
-def _layers(layer_map: Mapping[int, int] | None, teacher_layer: int) -> Mapping[int, int]:
+def _layers(
+    teacher: PreTrainedModel, student: PreTrainedModel, layer_map: Mapping[int, int] | None, teacher_layer: int
+) -> Mapping[int, int]:
     if layer_map is None:
         return {-1: teacher_layer}
     if teacher_layer != -1:
         raise UsageError(f"teacher_layer is {teacher_layer} and layer_map {dict(layer_map)}: give one of them")
-    return layer_map
+    return resolve_layer_map(teacher, student, layer_map)
 
 
 def _uniform_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[int, int]:
@@ -237,45 +320,3 @@ def _uniform_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> dict[
             f"in 1:{max(1, of_teacher // of_student)},{of_student}:{of_teacher}"
         )
     return {layer: layer * of_teacher // of_student for layer in range(1, of_student + 1)}
-
-
-def _probed(teacher: PreTrainedModel, student: PreTrainedModel, layers: Mapping[int, int]) -> list[tuple[QKV, QKV]]:
-    """q, k, v of each pair of layers for the shortest input."""
-    given = observe_probe(teacher, Needs(tuple(layers.values()))).qkv
-    made = observe_probe(student, Needs(tuple(layers))).qkv
-    return [(given[of_teacher], made[layer]) for layer, of_teacher in layers.items()]
-
-
-def _default_relation_heads(teacher_qkv: QKV, student_qkv: QKV) -> int:
-    heads = teacher_qkv[0].shape[1]
-    widths = sorted(_widths(teacher_qkv) | _widths(student_qkv))
-    common = math.gcd(*widths)
-    for candidate in (4 * heads, heads):
-        if common % candidate == 0:
-            return candidate
-    raise UsageError(
-        f"neither {4 * heads} nor {heads} relation heads divide the widths {widths} of q, k and v; "
-        f"choose --relation_heads from {_divisors(common)}"
-    )
-
-
-def _check_relation_heads(relation_heads: int, teacher_qkv: QKV, student_qkv: QKV) -> None:
-    teacher, student = _widths(teacher_qkv), _widths(student_qkv)
-    common = math.gcd(*teacher, *student)
-    if relation_heads < 1 or common % relation_heads:
-        raise UsageError(
-            f"{relation_heads} relation heads do not divide the teacher's width {_listed(teacher)} and the student's "
-            f"{_listed(student)}; choose --relation_heads from {_divisors(common)}"
-        )
-
-
-def _widths(qkv: QKV) -> set[int]:
-    return {x.shape[1] * x.shape[3] for x in qkv}
-
-
-def _listed(widths: set[int]) -> str:
-    return " and ".join(map(str, sorted(widths)))
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, min(number, 256) + 1) if number % divisor == 0)
