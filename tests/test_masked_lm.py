@@ -33,7 +33,7 @@ def test_errs_at_most_twice_as_much_as_eager_code(
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", dict.fromkeys(("cuda", "cpu"), 7 * 101))  # the last one is not full
     tensors, labels = student(38, dtype, device), targets(38, device)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    actual = loss_and_gradients(label_cross_entropy(*tensors, labels), tensors)
+    actual = loss_and_gradients(label_cross_entropy(*tensors, labels=labels), tensors)
     theirs = loss_and_gradients(cross_entropy(linear(*tensors), labels, reduction="sum"), tensors)
     true = loss_and_gradients(cross_entropy(linear(*exact), labels, reduction="sum"), exact)
     assert actual[0].dtype == torch.promote_types(dtype, torch.float32)
@@ -85,7 +85,7 @@ def test_no_logits_of_all_labelled_rows(device: str, tmp_path: Path) -> None:
         return loss_and_gradients(cross_entropy(linear(*tensors), labels, reduction="sum"), tensors)
 
     def chunked() -> list[Tensor]:
-        return loss_and_gradients(label_cross_entropy(*tensors, labels), tensors)
+        return loss_and_gradients(label_cross_entropy(*tensors, labels=labels), tensors)
 
     _, of_eager = largest_and_peak(eager, tmp_path / "eager.json")
     assert of_eager >= 2 * 4 * rows * vocabulary  # of the logits and their gradient

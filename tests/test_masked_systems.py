@@ -147,9 +147,9 @@ def test_padding_has_no_share_in_distilberts_soft_labels() -> None:
     inputs = {name: x for name, x in padded.items() if name != "labels"}
     with torch.no_grad():
         mine = outputs("distilbert", teacher, student, padded)["output"]
-        logits = [model(**inputs).logits for model in (teacher, student)]
+        of_teacher, of_student = (model(**inputs).logits for model in (teacher, student))
     of_all, of_tokens = (
-        4 * kl(*logits, 2.0, where) for where in (padded["labels"] < 99, inputs["attention_mask"] == 1)
+        4 * kl(of_teacher, of_student, 2.0, where) for where in (padded["labels"] < 99, inputs["attention_mask"] == 1)
     )
     assert mine.item() == pytest.approx(of_tokens.item(), rel=1e-5)
     assert abs(of_all / mine - 1) > 0.02  # a little: random models err alike on padding
@@ -164,10 +164,10 @@ def test_the_softmax_is_taken_once(system: str) -> None:
             model.get_output_embeddings().weight.mul_(8)  # sure of what they say, and not of one mind
         mine, once = (f(system, teacher, student, batch())["output"] for f in (outputs, formula))
         inputs = {name: x for name, x in batch().items() if name != "labels"}
-        probabilities = [model(**inputs).logits.softmax(-1) for model in (teacher, student)]
+        p, q = (model(**inputs).logits.softmax(-1) for model in (teacher, student))
     assert mine.item() == pytest.approx(once.item(), rel=1e-4)
     assert mine > 1
-    assert kl(*probabilities, 1.0, batch()["attention_mask"] == 1) < 0.1
+    assert kl(p, q, 1.0, batch()["attention_mask"] == 1) < 0.1
 
 
 def test_the_cosine_of_nan_behind_the_mask_and_of_no_token() -> None:
