@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from minilm.models.capture import attention_qkv, capture
     from minilm.models.students import build_student
     from minilm.objectives.loss import MiniLMLoss
+    from minilm.objectives.sentence_transformers import RelationLoss
     from minilm.training.model import DistillationModel
     from minilm.training.trainer import DistillationTrainer
     from minilm_kernels import fused_minilm_loss, relation_kl
@@ -25,6 +26,7 @@ _HOMES = {
     "attention_qkv": "minilm.models.capture",
     "capture": "minilm.models.capture",
     "build_student": "minilm.models.students",
+    "RelationLoss": "minilm.objectives.sentence_transformers",
     "DistillationModel": "minilm.training.model",
     "DistillationTrainer": "minilm.training.trainer",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "DistillationModel",
     "DistillationTrainer",
     "MiniLMLoss",
+    "RelationLoss",
     "attention_qkv",
     "build_student",
     "capture",

@@ -117,7 +117,7 @@ def _encoding(line: bytes) -> str:
     return next((encoding for mark, encoding in marks.items() if line.startswith(mark)), "latin1")
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
     r"""Each line without its end, \n, \r\n or \r, the first without a byte-order mark."""
     with OPENERS.get(path.suffix.lower(), io.FileIO)(path) as file:
         for number, line in enumerate(io.BufferedReader(_Raw(file), 2**16)):
@@ -162,7 +162,7 @@ def _batches(values: Iterable[Any], start: int) -> Rows:
 
 
 def _read_text(path: Path, column: str, start: int) -> Rows:
-    return _batches(_lines(path), start)
+    return _batches(lines_of(path), start)
 
 
 def _read_csv(path: Path, column: str, start: int) -> Rows:
@@ -172,7 +172,7 @@ def _read_csv(path: Path, column: str, start: int) -> Rows:
 
 def _csv_values(path: Path, column: str) -> Iterator[str | None]:
     tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes[-2:])
-    records = csv.reader((line + "\n" for line in _lines(path)), delimiter="\t" if tabs else ",", strict=True)
+    records = csv.reader((line + "\n" for line in lines_of(path)), delimiter="\t" if tabs else ",", strict=True)
     header = next(records, [])
     if column not in header:
         raise _no_column(path, column, header)
@@ -222,7 +222,7 @@ def _json_values(path: Path, column: str) -> Iterator[Any]:
 
 
 def _records(path: Path, column: str) -> Iterator[Any]:
-    lines = filter(str.strip, _lines(path))
+    lines = filter(str.strip, lines_of(path))
     first, second = next(lines, None), next(lines, None)
     if first is None:
         return
