@@ -10,7 +10,7 @@ import torch
 from conftest import CommandLine
 from masked_step import PROBABILITY
 from resuming import STEPS, run_whole_and_in_two
-from test_masked_systems import batch, gradient, kl, masked_lm
+from test_masked_systems import batch, gradient, kl, labelled, masked_lm, packed_and_padded
 from tiny_models import tiny_model
 from tiny_text import write_lines
 from torch import Tensor
@@ -86,6 +86,15 @@ def test_more_padding_changes_nothing() -> None:
         torch.testing.assert_close(many[name], value, rtol=1e-5, atol=1e-7)
 
 
+def test_packed_rows_are_the_sequences_alone() -> None:
+    teacher, student = models()
+    padded, packed = (labelled(collate(rows)) for rows, collate in packed_and_padded())
+    assert len(packed["input_ids"]) < len(padded["input_ids"])
+    alone, together = outputs(teacher, student, padded), outputs(teacher, student, packed)
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-7)
+
+
 def test_keys_of_negative_scores_count() -> None:
     """TextBrewer's cross-entropy of attention drops the teacher's keys whose scores lie below -0.001."""
     draw = torch.Generator().manual_seed(0)
@@ -108,37 +117,38 @@ def test_keys_of_negative_scores_count() -> None:
     assert abs(torch.stack(dropped).mean() / loss - 1) > 0.5
 
 
-@pytest.mark.parametrize("system", ["mobilebert", "mobilebert-transfer", "mobilebert-distillation"])
-def test_a_run_goes_on_bitwise_and_leaves_a_masked_lm(
-    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
-) -> None:
-    teacher, data = masked_lm(tmp_path / "teacher"), str(write_lines(tmp_path / "lines.txt", 60))
-    argv = ["--teacher", teacher, "--data", data, *STEPS, "--objective", system, "--mlm_probability", str(PROBABILITY)]
-    argv += (
-        ["--student", masked_lm(tmp_path / "student", family="mobilebert")]
-        if system == "mobilebert"
-        else ["--student_num_layers", "4", "--student_init", "random"]
-    )
-    run_whole_and_in_two(command, monkeypatch, argv)
-    student, info = AutoModelForMaskedLM.from_pretrained("whole", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert student.config.model_type == ("mobilebert" if system == "mobilebert" else "bert")
-    metrics = json.loads(Path("whole/metrics.json").read_text())
-    transfer = dict.fromkeys([f"{part}_{layer}" for part in ("hidden", "qk") for layer in LAYERS], 1.0)
-    distillation = {"output": 0.5, "mlm": 0.5}
-    assert (
-        metrics["parts"]
-        == {
-            "mobilebert": transfer | distillation,
-            "mobilebert-transfer": transfer,
-            "mobilebert-distillation": distillation,
-        }[system]
-    )
+TRANSFER = dict.fromkeys([f"{part}_{layer}" for part in ("hidden", "qk") for layer in LAYERS], 1.0)
+DISTILLATION = {"output": 0.5, "mlm": 0.5}
+
+
+def assert_learnt(folder: str, parts: dict[str, float]) -> None:
+    metrics = json.loads(Path(folder, "metrics.json").read_text())
+    assert metrics["parts"] == parts
     start, end = (
-        sum(weight * metrics["heldout"][part][at] for part, weight in metrics["parts"].items())
-        for at in ("start", "end")
+        sum(weight * metrics["heldout"][part][at] for part, weight in parts.items()) for at in ("start", "end")
     )
     assert 0 < end < start
+
+
+@pytest.mark.parametrize("schedule", ["auxiliary", "joint"])
+def test_a_run_goes_on_bitwise_and_leaves_a_masked_lm(
+    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    teacher, data = masked_lm(tmp_path / "teacher"), str(write_lines(tmp_path / "lines.txt", 60))
+    argv = ["--teacher", teacher, "--data", data, *STEPS, "--mlm_probability", str(PROBABILITY), "--objective"]
+    if schedule == "auxiliary":
+        family, flags = "mobilebert", ["mobilebert", "--student", masked_lm(tmp_path / "student", family="mobilebert")]
+    else:
+        family, flags = "bert", ["mobilebert-joint", "--student_num_layers", "4", "--student_init", "random"]
+    run_whole_and_in_two(command, monkeypatch, [*argv, *flags])
+    if schedule == "auxiliary":
+        assert_learnt("whole", TRANSFER | DISTILLATION)
+    else:
+        assert_learnt("whole/transfer", TRANSFER)
+        assert_learnt("whole", DISTILLATION)
+    student, info = AutoModelForMaskedLM.from_pretrained("whole", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert student.config.model_type == family
 
 
 def test_what_it_cannot_have_is_one_sentence(command: CommandLine, tmp_path: Path, data: str) -> None:

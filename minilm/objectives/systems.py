@@ -197,6 +197,8 @@ def mobilebert_transfer(
 ) -> list[Term]:
     """MobileBERT's layer-wise knowledge transfer (section 3.4): layer-normed feature maps, and attention, head by head.
 
+    Means and variances of the feature maps, which the paper compares besides, are left out: it names no weights.
+
     Args:
         layer_map: the student's layers, each with the teacher's; by default each with its own.
 
@@ -247,7 +249,7 @@ SYSTEMS: dict[str, System] = {
     "tinybert": System(tinybert),
     "tinybert-task": System(tinybert_task, head=True, first=Stage("tinybert", "intermediate")),
     "mobilebert": System(mobilebert, head=True, masked=True),
-    "mobilebert-joint": System(
+    "mobilebert-joint": System(  # section 3.5: first the transfer, then the distillation
         mobilebert_distillation, head=True, masked=True, first=Stage("mobilebert-transfer", "transfer")
     ),
     "mobilebert-transfer": System(mobilebert_transfer, head=True, masked=True),
