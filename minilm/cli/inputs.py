@@ -105,7 +105,9 @@ def _texts(
         "found": found,
     }
     if not data.streaming:
-        return load_splits(data.data, tokenizer, max_length, **where)
+        return load_splits(data.data, tokenizer, max_length, pair_column=data.text_pair_column, **where)
+    if data.text_pair_column is not None:
+        raise UsageError(f"--text_pair_column {data.text_pair_column} is not read from a stream: leave out --streaming")
     stream = _stream(data, tokenizer, max_length, arguments.training, where)
     return stream, tokenize(stream.heldout, tokenizer, max_length), 0
 
@@ -134,7 +136,7 @@ def _stream(
 
 
 def _check_image_flags(data: DataArguments) -> None:
-    for flag in ("streaming", "packing", "data_weights", "max_length"):
+    for flag in ("streaming", "packing", "data_weights", "max_length", "text_pair_column"):
         if getattr(data, flag):
             raise UsageError(f"--{flag} is for texts, and the teacher takes images")
 
