@@ -45,6 +45,13 @@ def test_the_assistant_learns_first_and_teaches_then() -> None:
     assert (first.model.student_init, second.model.student_init) == ("auto", "layers")
 
 
+def test_an_assistant_has_the_sizes_that_it_is_given_where_the_student_goes_on_from_a_folder() -> None:
+    sizes = ["--assistant_num_layers", "3", "--max_steps", "4"]
+    argv = ["--teacher", "t", "--data", "d.txt", "--output_dir", "out", "--student", "s", *sizes]
+    first, second = stages(parse(argv))
+    assert (first.model.student, second.model.student) == (None, "s")
+
+
 def test_a_finished_assistant_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     inside, outside = str(Path("out/assistant/checkpoint-2")), str(Path("out/checkpoint-2"))

@@ -52,7 +52,7 @@ def _no_number(constant: str) -> NoReturn:
 
 def find_data_flag(given: Any) -> str | None:
     """What the demonstration, whose text is fixed, has no use for."""
-    for flag in ("streaming", "data_weights", "data_config", "student"):
+    for flag in ("streaming", "data_weights", "data_config", "text_pair_column", "student"):
         if getattr(given, flag):
             return f"--{flag} is given without --data"
     return None

@@ -103,6 +103,10 @@ class DataArguments:
         default=None, metadata=_about("Configuration of the data sets from the hub.", "CONFIG")
     )
     text_column: str = field(default="text", metadata=_about("Column with the text; .txt files need none.", "COLUMN"))
+    text_pair_column: str | None = field(
+        default=None,
+        metadata=_about("Column with a second text, which follows the first one in its sequence.", "COLUMN"),
+    )
     image_column: str = field(default="image", metadata=_about("Column with the image.", "COLUMN"))
     streaming: bool = field(
         default=False,

@@ -112,6 +112,11 @@ def _texts(
 ) -> _Tokenised:
     """Sequences to train on and held out, by the teacher's tokenizer or what --student_vocabulary leaves of it."""
     size, vocabulary = arguments.model.student_vocabulary, None
+    if (pair := arguments.data.text_pair_column) is not None:
+        if arguments.data.streaming:
+            raise UsageError(f"--text_pair_column {pair} is not read from a stream: leave out --streaming")
+        if arguments.data.packing:  # whose rows do not say of which text of a pair a token is
+            raise UsageError(f"--text_pair_column {pair} does not go with --packing: leave one of them out")
     texts = None if arguments.data.streaming else _indexed(arguments.data, own, found)
     if size is not None:
         if texts:
@@ -133,7 +138,12 @@ def _indexed(data: DataArguments, own: list[str], found: Found) -> Texts:
         return Texts([train], heldout)
     assert data.data is not None
     return split_texts(
-        data.data, config=data.data_config, text_column=data.text_column, weights=data.data_weights, found=found
+        data.data,
+        config=data.data_config,
+        text_column=data.text_column,
+        pair_column=data.text_pair_column,
+        weights=data.data_weights,
+        found=found,
     )
 
 
@@ -166,7 +176,7 @@ def _stream(
 
 def _check_image_flags(arguments: Arguments) -> None:
     flags = {"student_vocabulary": arguments.model.student_vocabulary, **vars(arguments.data)}
-    for flag in ("streaming", "packing", "data_weights", "max_length", "student_vocabulary"):
+    for flag in ("streaming", "packing", "data_weights", "max_length", "text_pair_column", "student_vocabulary"):
         if flags[flag]:
             raise UsageError(f"--{flag} is for texts, and the teacher takes images")
 

@@ -1,9 +1,10 @@
 """Text from files, folders or the hub, as tokenised sequences and a held-out part.
 
 A row of the text column is one text: a line of a .txt file, a record of a .jsonl or .parquet file
-(`minilm.data.reading` reads them, `minilm.data.files` chooses those of a folder). Blank texts are dropped; a text
-longer than `max_length` tokens is truncated. What was read and tokenised once `datasets` keeps in its cache, by file
-and settings; `minilm.data.streams` reads what is too large for that.
+(`minilm.data.reading` reads them, `minilm.data.files` chooses those of a folder). With a column of pairs it is the
+first of two texts that make one sequence. Blank texts are dropped; a sequence longer than `max_length` tokens is
+truncated. What was read and tokenised once `datasets` keeps in its cache, by file and settings;
+`minilm.data.streams` reads what is too large for that.
 
 Several sources follow each other, or are mixed by weights: each text is drawn from source i with probability
 w_i / sum(w), until every source was seen whole; smaller ones repeat.
@@ -13,8 +14,9 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import pyarrow as pa
@@ -26,6 +28,7 @@ from minilm.data.fingerprints import fingerprint_files
 from minilm.data.reading import KINDS, DataError, kind_of, read_rows
 from minilm.errors import UsageError
 
+COLUMNS = ("text", "pair")  # of what is loaded
 HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
 
 
@@ -72,7 +75,7 @@ def load_texts(sources: Sequence[str], *, config: str | None = None, text_column
         ValueError: nothing there, another kind of file, no such column, no text in it, a file given twice.
         OSError: the cache of `datasets` cannot be written.
     """
-    parts = [_load(source, chosen, config, text_column) for source, chosen in find_sources(sources).items()]
+    parts = [_load(source, chosen, config, (text_column,)) for source, chosen in find_sources(sources).items()]
     return _concatenated(parts)
 
 
@@ -86,6 +89,7 @@ def split_texts(
     *,
     config: str | None = None,
     text_column: str = "text",
+    pair_column: str | None = None,
     weights: Sequence[float] | None = None,
     found: Found | None = None,
 ) -> Texts:
@@ -95,6 +99,7 @@ def split_texts(
     its weight, before anything repeats.
 
     Args:
+        pair_column: where a second text stands that follows the first one in its sequence.
         found: what `find_sources` has found of the sources, to list no folder twice.
 
     Raises:
@@ -104,7 +109,8 @@ def split_texts(
     """
     shares = None if weights is None else mixing_shares(sources, weights)
     found = find_sources(sources) if found is None else found
-    texts = [_load(source, chosen, config, text_column) for source, chosen in found.items()]
+    columns = (text_column,) if pair_column is None else (text_column, pair_column)
+    texts = [_load(source, chosen, config, columns) for source, chosen in found.items()]
     if shares is None:
         parts = [split_heldout(_concatenated(texts))]
     else:
@@ -118,15 +124,21 @@ def split_texts(
 
 
 def without_copies(train: datasets.Dataset, heldout: datasets.Dataset) -> datasets.Dataset:
-    """The rows of `train` whose "text" is not one of `heldout`. Raises `ValueError` if none is left."""
-    texts = pa.array(list(heldout["text"]), pa.string())
+    """The rows of `train` whose texts are not those of one of `heldout`. Raises `ValueError` if none is left."""
+    texts = _joined(heldout.with_format("arrow")[:])
     kept: list[int] = []
     for number, batch in enumerate(train.with_format("arrow").iter(batch_size=10_000)):
-        copies = pc.is_in(batch["text"], value_set=texts).to_pylist()
+        copies = pc.is_in(_joined(batch), value_set=texts).to_pylist()
         kept += [10_000 * number + place for place, copy in enumerate(copies) if not copy]
     if not kept:
         raise UsageError(f"all {len(train)} texts to train on are copies of the {len(heldout)} held-out ones")
     return train if len(kept) == len(train) else train.select(kept)
+
+
+def _joined(rows: pa.Table) -> Any:
+    """Of each row the text, or both of a pair in one string."""
+    columns = [rows[name].cast(pa.string()) for name in COLUMNS if name in rows.column_names]
+    return pc.binary_join_element_wise(*columns, "\0")
 
 
 def mixing_shares(sources: Sequence[str], weights: Sequence[float]) -> list[float]:
@@ -160,13 +172,18 @@ def heldout_size(count: int, most: int) -> int:
 
 
 def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Each text as one sequence of at most `max_length` tokens, special ones included, in the model's inputs."""
+    """Each text or pair as one sequence of at most `max_length` tokens, special ones included, in the model's inputs.
+
+    Of a pair that is too long the longer text is cut.
+    """
+    columns = [name for name in COLUMNS if name in texts.column_names]
 
     def encode(rows: dict[str, list[str]]) -> Any:
-        return tokenizer(rows["text"], truncation=True, max_length=max_length)
+        return tokenizer(*(rows[name] for name in columns), truncation=True, max_length=max_length)
 
-    encode({"text": [""]})  # leaves the truncation set: older `datasets` hash it with the tokenizer, for their cache
-    return texts.map(encode, batched=True, remove_columns=["text"], desc="tokenising")
+    # It leaves the truncation set: older `datasets` hash it with the tokenizer, for their cache.
+    encode({name: [""] for name in columns})
+    return texts.map(encode, batched=True, remove_columns=columns, desc="tokenising")
 
 
 def find_files(source: str) -> Chosen | None:
@@ -258,13 +275,19 @@ def _concatenated(texts: list[datasets.Dataset]) -> datasets.Dataset:
     return texts[0] if len(texts) == 1 else datasets.concatenate_datasets(texts)
 
 
-def _load(source: str, chosen: Chosen | None, config: str | None, column: str) -> datasets.Dataset:
+def _load(source: str, chosen: Chosen | None, config: str | None, columns: tuple[str, ...]) -> datasets.Dataset:
+    """The column "text", and "pair" where two columns are named."""
     if chosen:
-        return _load_files(source, chosen.files, column)
-    return _text_of(source, load_train_split(source, source, name=config), column)
+        return _load_files(source, chosen.files, columns)
+    return _text_of(source, load_train_split(source, source, name=config), columns)
 
 
-def _load_files(source: str, files: Sequence[Path], column: str) -> datasets.Dataset:
+def _load_files(source: str, files: Sequence[Path], columns: tuple[str, ...]) -> datasets.Dataset:
+    for file in files:
+        if len(columns) > 1 and kind_of(file) == "text":
+            raise UsageError(
+                f"{str(file)!r} is plain text, which has no column {columns[1]!r}: leave out --text_pair_column"
+            )
     # Tuples: of lists `datasets` makes shards. Times and sizes make it read again what has changed.
     stamps = tuple((os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     names = tuple(str(file) for file in files)
@@ -272,8 +295,8 @@ def _load_files(source: str, files: Sequence[Path], column: str) -> datasets.Dat
         with cache_faults():
             texts: datasets.Dataset = datasets.Dataset.from_generator(
                 _texts,
-                features=datasets.Features({"text": datasets.Value("string")}),
-                gen_kwargs={"source": source, "files": names, "column": column, "stamps": stamps},
+                features=datasets.Features({name: datasets.Value("string") for name in COLUMNS[: len(columns)]}),
+                gen_kwargs={"source": source, "files": names, "columns": columns, "stamps": stamps},
             )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, OSError):
@@ -282,29 +305,40 @@ def _load_files(source: str, files: Sequence[Path], column: str) -> datasets.Dat
     return texts
 
 
-def _texts(source: str, files: tuple[str, ...], column: str, stamps: object) -> Iterator[dict[str, str]]:
+def _texts(source: str, files: tuple[str, ...], columns: tuple[str, ...], stamps: object) -> Iterator[dict[str, str]]:
     count, rows = 0, 0
     for file in files:
-        for values in read_rows(Path(file), column):
-            rows += len(values)
-            for text in values:
-                if text and not text.isspace():
-                    count += 1
-                    yield {"text": text}
+        by_column = (chain.from_iterable(read_rows(Path(file), column)) for column in columns)
+        for texts in zip(*by_column, strict=True):
+            rows += 1
+            if all(text and not text.isspace() for text in texts):
+                count += 1
+                yield dict(zip(COLUMNS, cast(tuple[str, ...], texts), strict=False))
     if not count:
-        raise DataError(f"{source!r} holds no text: all {rows} rows of its column {column!r} are empty")
+        raise _no_text(source, rows, columns, DataError)
 
 
-def _text_of(source: str, rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    if column not in rows.column_names:
-        raise UsageError(f"{source!r} has no column {column!r}; choose with --text_column from {rows.column_names}")
-    feature = rows.features[column]
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise UsageError(
-            f"the column {column!r} of {source!r} holds {feature}, not text; its columns: {rows.column_names}"
-        )
-    texts = rows.select_columns([column]).rename_columns({column: "text"}).cast_column("text", datasets.Value("string"))
-    texts = texts.filter(lambda batch: [bool(text and text.strip()) for text in batch["text"]], batched=True)
+def _text_of(source: str, rows: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
+    for column in columns:
+        if column not in rows.column_names:
+            raise UsageError(f"{source!r} has no column {column!r}; choose with --text_column from {rows.column_names}")
+        feature = rows.features[column]
+        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+            raise UsageError(
+                f"the column {column!r} of {source!r} holds {feature}, not text; its columns: {rows.column_names}"
+            )
+    names = dict(zip(columns, COLUMNS, strict=False))
+    texts = rows.select_columns(list(columns)).rename_columns(names)
+    texts = texts.cast(datasets.Features({name: datasets.Value("string") for name in names.values()}))
+    texts = texts.filter(
+        lambda batch: [all(text and text.strip() for text in row) for row in zip(*batch.values(), strict=True)],
+        batched=True,
+    )
     if not len(texts):
-        raise UsageError(f"{source!r} holds no text: all {len(rows)} rows of its column {column!r} are empty")
+        raise _no_text(source, len(rows), columns, UsageError)
     return texts
+
+
+def _no_text(source: str, rows: int, columns: tuple[str, ...], kind: type[UsageError]) -> UsageError:
+    named = " or ".join(map(repr, columns))
+    return kind(f"{source!r} holds no text: all {rows} rows of its column {named} are empty")

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minilm.data.fingerprints import fingerprint_texts
 from minilm.data.streams import TextStream
-from minilm.data.texts import Texts, cache_faults
+from minilm.data.texts import COLUMNS, Texts, cache_faults
 from minilm.errors import UsageError
 
 COUNTED_AT_ONCE, COUNTED_OF_STREAM = 10_000, 100_000  # texts
@@ -51,14 +51,18 @@ def count_tokens(texts: Texts, tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 def _count(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Counts:
+    columns = [name for name in COLUMNS if name in texts.column_names]
+
     def count(rows: dict[str, list[str]]) -> dict[str, Any]:
-        ids = tokenizer(rows["text"], truncation=True, max_length=max_length)["input_ids"]
+        ids = tokenizer(*(rows[name] for name in columns), truncation=True, max_length=max_length)["input_ids"]
         tokens, counts = np.unique(list(itertools.chain(*ids)), return_counts=True)
         return {"token": tokens, "count": counts}
 
-    count({"text": ["a"]})  # leaves the truncation set: older `datasets` hash it with the tokenizer, for their cache
+    count(
+        {name: ["a"] for name in columns}
+    )  # leaves the truncation set: older `datasets` hash it with the tokenizer, for their cache
     counted = texts.map(
-        count, batched=True, batch_size=COUNTED_AT_ONCE, remove_columns=["text"], desc="counting tokens"
+        count, batched=True, batch_size=COUNTED_AT_ONCE, remove_columns=columns, desc="counting tokens"
     ).with_format("numpy")
     total = np.zeros(_size(tokenizer))
     np.add.at(total, counted["token"][:], counted["count"][:])
