@@ -24,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._keys import key_launch
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import Kind, kind_fields, resident_tokens, tiles, walks
+from minilm_kernels._triton._plan import Problem, is_persistent, problem_fields, resident_tokens, tiles
 from minilm_kernels._triton._resident import resident_launch
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import self_launch
@@ -39,7 +39,7 @@ BATCH, HEADS, LENGTH = 32, 12, 512
 
 
 class Variant(NamedTuple):
-    """One kernel as one kind of call launches it."""
+    """One kernel as a call with these dimensions launches it."""
 
     kernel: str  # forward, rows, keys, self, resident
     d_t: int
@@ -104,24 +104,24 @@ def launch(variant: Variant, architecture: int) -> Launch:
         variant.d_t**-0.5,
         variant.d_s**-0.5,
         symmetric=True,
-        sums=True,
+        reduces=True,
     )
-    kind = Kind(*kind_fields(relations))
-    lse = numbers(kind.lse_parts, *kind.shape)
+    problem = Problem(*problem_fields(relations))
+    lse = numbers(problem.lse_parts, *problem.shape)
     dx, dy = [torch.empty_like(x) for x in relations.x_s], [torch.empty_like(y) for y in relations.y_s]
     grad = numbers()
-    pinned = tiles(variant.kernel, kind, architecture)
+    pinned = tiles(variant.kernel, problem, architecture)
     if variant.kernel == "forward":
-        return row_launch(relations, kind, lse, lse, [], pinned)
+        return row_launch(relations, problem, lse, lse, [], pinned)
     if variant.kernel == "rows":
-        return row_launch(relations, kind, lse, lse, dx, pinned)
+        return row_launch(relations, problem, lse, lse, dx, pinned)
     if variant.kernel == "keys":
-        return key_launch(relations, kind, lse, lse, grad, dx, dy, pinned)
+        return key_launch(relations, problem, lse, lse, grad, dx, dy, pinned)
     if variant.kernel == "self":
         bases, factors = [lse[0, ..., 0]] * 2, [lse[0]] * 2
-        return self_launch(relations, kind, lse, lse, bases, factors, grad, dx, pinned)
-    programs = 1 if walks(architecture, length) else math.prod(kind.shape[:3])
-    return resident_launch(relations, kind, dx, dy, programs, architecture)
+        return self_launch(relations, problem, lse, lse, bases, factors, grad, dx, pinned)
+    programs = 1 if is_persistent(architecture, length) else math.prod(problem.shape[:3])
+    return resident_launch(relations, problem, dx, dy, programs, architecture)
 
 
 class _Pointer:

@@ -30,7 +30,7 @@ from triton.testing import do_bench
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._keys import key_launch
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import Kind, Tiles, architecture, kind_fields, tiles
+from minilm_kernels._triton._plan import Problem, Tiles, architecture, problem_fields, tiles
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import self_launch
 
@@ -84,8 +84,8 @@ def candidates(kernel: str) -> list[Tiles]:
     ]
 
 
-def builder(kernel: str, case: Case) -> tuple[Kind, Callable[[Tiles], Launch]]:
-    """The kind of the case's relations in that kernel, and the launch with given tiles."""
+def builder(kernel: str, case: Case) -> tuple[Problem, Callable[[Tiles], Launch]]:
+    """The problem that the case is to that kernel, and the launch with given tiles."""
     inputs = make_inputs(case, "cuda")
     is_self = kernel in ("forward", "self")
     of_self: tuple[str, ...] = ("qq", "kk", "vv") if "qq" in case.relations else ("vv",)
@@ -105,22 +105,22 @@ def builder(kernel: str, case: Case) -> tuple[Kind, Callable[[Tiles], Launch]]:
         case.d_t**-0.5,
         case.d_s**-0.5,
         symmetric=True,
-        sums=True,
+        reduces=True,
     )
-    kind = Kind(*kind_fields(relations))
-    lse_t = torch.zeros(kind.lse_parts, *kind.shape, device="cuda") + 10.0
+    problem = Problem(*problem_fields(relations))
+    lse_t = torch.zeros(problem.lse_parts, *problem.shape, device="cuda") + 10.0
     lse_s = lse_t.clone()
     dx = [torch.empty_like(x) for x in relations.x_s]
     dy = [torch.empty_like(y) for y in relations.y_s]
     grad = torch.ones((), device="cuda")
     if kernel == "forward":
-        return kind, lambda shape: row_launch(relations, kind, lse_t, lse_s, [], shape)
+        return problem, lambda shape: row_launch(relations, problem, lse_t, lse_s, [], shape)
     if kernel == "rows":
-        return kind, lambda shape: row_launch(relations, kind, lse_t, lse_s, dx, shape)
+        return problem, lambda shape: row_launch(relations, problem, lse_t, lse_s, dx, shape)
     if kernel == "keys":
-        return kind, lambda shape: key_launch(relations, kind, lse_t, lse_s, grad, dx, dy, shape)
-    bases, factors = ([lse_t.new_zeros(size) for _ in range(2)] for size in (kind.shape[:3], kind.shape))
-    return kind, lambda shape: self_launch(relations, kind, lse_t, lse_s, bases, factors, grad, dx, shape)
+        return problem, lambda shape: key_launch(relations, problem, lse_t, lse_s, grad, dx, dy, shape)
+    bases, factors = ([lse_t.new_zeros(size) for _ in range(2)] for size in (problem.shape[:3], problem.shape))
+    return problem, lambda shape: self_launch(relations, problem, lse_t, lse_s, bases, factors, grad, dx, shape)
 
 
 def compile_candidate(kernel: str, case: Case, shape: Tiles) -> None:
@@ -171,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(jobs)} candidates compiled in {time.monotonic() - start:.0f} s", flush=True)
     rows: list[Row] = []
     for kernel, case in work:
-        kind, build = builder(kernel, case)
-        pinned = tiles(kernel, kind, architecture(kind.device))
+        problem, build = builder(kernel, case)
+        pinned = tiles(kernel, problem, architecture(problem.device))
         found = [measure(kernel, case, shape, shape == pinned, build) for shape in candidates(kernel)]
         rows += found
         print(f"\n{kernel}  {case}")
