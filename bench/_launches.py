@@ -12,7 +12,7 @@ from torch import Tensor
 from minilm_kernels._relations import Masks, Relations
 from minilm_kernels._triton._keys import key_launch
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import Kind, Tiles, kind_fields, tiles, walks
+from minilm_kernels._triton._plan import Problem, Tiles, is_persistent, problem_fields, tiles
 from minilm_kernels._triton._resident import resident_launch
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import self_launch
@@ -45,35 +45,35 @@ def make_relations(
         scale_t=teacher[0].shape[3] ** -0.5,
         scale_s=d_s**-0.5,
         symmetric=True,
-        sums=True,
+        reduces=True,
     )
 
 
 def pinned_tiles(kernel: str, relations: Relations, architecture: int) -> Tiles:
     """Those that the library gives the sweep on such a GPU."""
-    return tiles(kernel, Kind(*kind_fields(relations)), architecture)
+    return tiles(kernel, Problem(*problem_fields(relations)), architecture)
 
 
 def make_launch(kernel: str, relations: Relations, architecture: int, shape: Tiles | None = None) -> Launch:
     """The launch as the library makes it on such a GPU; of a sweep with tiles of one's own, if given."""
-    kind = Kind(*kind_fields(relations))
+    problem = Problem(*problem_fields(relations))
     dx, dy = [torch.empty_like(x) for x in relations.x_s], [torch.empty_like(y) for y in relations.y_s]
     if kernel == "resident":
-        programs = 1 if walks(architecture, kind.shape[3]) else math.prod(kind.shape[:3])
-        return resident_launch(relations, kind, dx, dy, programs, architecture)
+        programs = 1 if is_persistent(architecture, problem.shape[3]) else math.prod(problem.shape[:3])
+        return resident_launch(relations, problem, dx, dy, programs, architecture)
 
     def numbers(*sizes: int) -> Tensor:
-        return torch.full(sizes, LSE, device=kind.device)
+        return torch.full(sizes, LSE, device=problem.device)
 
     shape = shape or pinned_tiles(kernel, relations, architecture)
-    lse_t, lse_s = (numbers(kind.lse_parts, *kind.shape) for _ in range(2))
+    lse_t, lse_s = (numbers(problem.lse_parts, *problem.shape) for _ in range(2))
     if kernel == "forward":
-        return row_launch(relations, kind, lse_t, lse_s, [], shape)
+        return row_launch(relations, problem, lse_t, lse_s, [], shape)
     if kernel == "rows":
-        return row_launch(relations, kind, lse_t, lse_s, dx, shape)
+        return row_launch(relations, problem, lse_t, lse_s, dx, shape)
     grad = numbers()
     if kernel == "keys":
-        return key_launch(relations, kind, lse_t, lse_s, grad, dx, dy, shape)
+        return key_launch(relations, problem, lse_t, lse_s, grad, dx, dy, shape)
     assert kernel == "self"
-    bases, factors = ([numbers(*sizes) for _ in range(2)] for sizes in (kind.shape[:3], kind.shape))
-    return self_launch(relations, kind, lse_t, lse_s, bases, factors, grad, dx, shape)
+    bases, factors = ([numbers(*sizes) for _ in range(2)] for sizes in (problem.shape[:3], problem.shape))
+    return self_launch(relations, problem, lse_t, lse_s, bases, factors, grad, dx, shape)

@@ -1,4 +1,4 @@
-"""The answer that calls of one kind share: no call gets that of another kind."""
+"""The answer that calls of equal layouts and options share: no other call gets it."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def seeded() -> None:
     known_grouping.cache_clear()
 
 
-KINDS: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"relations": ("qk",)},
     {"relations": ("vv", "qk")},
@@ -41,34 +41,34 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def assert_none_shares(kinds: list[dict[str, Any]], part: tuple[slice, ...], implementation: str, device: str) -> None:
-    """All kinds of calls in turn on the same part of the tensors, against each alone."""
+def assert_none_shares(calls: list[dict[str, Any]], part: tuple[slice, ...], implementation: str, device: str) -> None:
+    """Calls with each of the options in turn, on the same part of the tensors, against each alone."""
     teacher, student = ([x[part].to(device) for x in triple(torch.float32)] for _ in range(2))
-    kinds = [{name: x.to(device) if isinstance(x, Tensor) else x for name, x in kind.items()} for kind in kinds]
+    calls = [{name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()} for options in calls]
 
-    def outcome(kind: dict[str, Any]) -> list[Tensor]:
+    def outcome(options: dict[str, Any]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in student]
-        loss = fused_minilm_loss(teacher, leaves, **kind, implementation=implementation)
+        loss = fused_minilm_loss(teacher, leaves, **options, implementation=implementation)
         return [loss, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
 
     alone = []
-    for kind in kinds:
+    for options in calls:
         known_grouping.cache_clear()
-        alone.append(outcome(kind))
+        alone.append(outcome(options))
     known_grouping.cache_clear()
-    for kind, expected in zip([*kinds, *kinds], [*alone, *alone], strict=True):
-        for actual, x in zip(outcome(kind), expected, strict=True):
-            assert torch.equal(actual, x), kind
+    for options, expected in zip([*calls, *calls], [*alone, *alone], strict=True):
+        for actual, x in zip(outcome(options), expected, strict=True):
+            assert torch.equal(actual, x), options
 
 
 def test_calls_that_differ_in_one_option_do_not_share(device: str) -> None:
-    assert_none_shares(KINDS, (ALL, ALL, slice(11)), "chunked", device)
+    assert_none_shares(OPTIONS, (ALL, ALL, slice(11)), "chunked", device)
 
 
 def test_causal_self_relations_do_not_share_the_structure_of_others(device: str) -> None:
     """N too long for rows on chip, where the structures differ."""
-    kinds: list[dict[str, Any]] = [{"relations": ("vv",)}, {"relations": ("vv",), "causal": True}]
-    assert_none_shares(kinds, (slice(1), slice(1), ALL), "triton", device)
+    calls: list[dict[str, Any]] = [{"relations": ("vv",)}, {"relations": ("vv",), "causal": True}]
+    assert_none_shares(calls, (slice(1), slice(1), ALL), "triton", device)
 
 
 def test_a_self_relation_does_not_answer_for_two_tensors_of_its_layout() -> None:
@@ -105,7 +105,7 @@ def test_an_error_is_raised_at_every_call() -> None:
             fused_minilm_loss(triple(), triple(), relation_heads=5)
 
 
-def test_the_second_call_of_a_kind_is_known() -> None:
+def test_the_second_call_is_known() -> None:
     for count in range(3):
         fused_minilm_loss(triple(), triple())
         assert known_grouping.cache_info()[:2] == (count, 1)  # hits, misses

@@ -10,7 +10,7 @@ from loss_cases import Case, build, evaluate
 
 import minilm_kernels._triton as kernels
 from minilm_kernels._triton._launch import LOG2_E
-from minilm_kernels._triton._plan import Kind
+from minilm_kernels._triton._plan import Problem
 from minilm_kernels._triton._steps import FLOOR
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -39,8 +39,13 @@ def test_the_score_of_a_key_that_is_not_allowed_is_exact_times_any_scale() -> No
 def structures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Those of the forwards, as they are made."""
     made: list[str] = []
-    count: Callable[[Kind], int] = kernels.walkers
-    monkeypatch.setattr(kernels, "walkers", lambda kind: (made.append(kind.structure), count(kind))[1])
+    count: Callable[[Problem], int] = kernels.persistent_programs
+
+    def noted(problem: Problem) -> int:
+        made.append(problem.structure)
+        return count(problem)
+
+    monkeypatch.setattr(kernels, "persistent_programs", noted)
     return made
 
 
@@ -59,7 +64,7 @@ def test_a_walk_over_the_heads_gives_the_same(case: Case, device: str, monkeypat
     """One program for three heads; the last may have fewer."""
     inputs = build(case, device)
     expected = evaluate(inputs, "triton")
-    monkeypatch.setattr(kernels, "walkers", lambda kind: -(-math.prod(kind.shape[:3]) // 3))
+    monkeypatch.setattr(kernels, "persistent_programs", lambda problem: -(-math.prod(problem.shape[:3]) // 3))
     actual = evaluate(inputs, "triton")
     # The walk is another program: a GPU's compiler may fuse other products into sums there.
     rtol = 1e-6 if device == "cuda" else 0.0

@@ -156,7 +156,7 @@ def test_small_integers_beside_a_length_that_they_cannot_hold(dtype: torch.dtype
     ):
         for implementation in ("reference", "chunked"):
             losses = []
-            for kind in (torch.int64, dtype):
-                moved = {k: x.to(device, kind) if isinstance(x, Tensor) else x for k, x in options.items()}
+            for integers in (torch.int64, dtype):
+                moved = {k: x.to(device, integers) if isinstance(x, Tensor) else x for k, x in options.items()}
                 losses.append(evaluate(Inputs(*inputs[:2], moved), implementation).loss)
             assert torch.equal(*losses)

@@ -81,7 +81,7 @@ class _RelationLosses(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
-    """Of the student's tensors. What the forward prepared is used up, in place, except in a compiled graph."""
+    """The gradients of the student's tensors. In eager mode they use up, in place, what the forward prepared."""
     implementation, saved, count = ctx.implementation, ctx.saved_tensors, len(ctx.needs_input_grad) - 2
     student, lse = saved[:count], saved[-2 * len(ctx.rest) :]
     relations = _filled(ctx.rest, ctx.teacher or saved[count : 2 * count], student)
@@ -103,7 +103,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
 
 
 def _student(relations: list[Relations]) -> list[Tensor]:
-    """The tensors of all calls of an op, one call after the other: of each x of every relation, then y."""
+    """The student's tensors, one call of an op after the other: x of each relation of that call, then y."""
     return [x for group in relations for x in (*group.x_s, *group.y_s)]
 
 

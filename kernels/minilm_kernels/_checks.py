@@ -30,7 +30,7 @@ def check_triple(whose: str, triple: object) -> None:
 
 
 def check_tensors(relation: str, sides: Sequence[object]) -> None:
-    """Whether x_t, y_t, x_s, y_s of a relation are tensors."""
+    """Refuses what is no dense tensor among x_t, y_t, x_s, y_s of a relation."""
     for name, x in zip(side_names(relation), sides, strict=True):
         if x is None and relation in RELATIONS:
             raise ValueError(f"relation {relation!r} needs the {name}, got None")
@@ -47,7 +47,7 @@ def check_dense(name: str, x: Tensor) -> None:
 
 
 def side_names(relation: str) -> list[str]:
-    """What the user calls x_t, y_t, x_s and y_s of a relation; of the one of `relation_kl` so."""
+    """What the user calls x_t, y_t, x_s and y_s of a relation; `relation_kl` calls them just so."""
     if relation not in RELATIONS:
         return ["x_t", "y_t", "x_s", "y_s"]
     return [f"{whose}'s {letter}" for whose in ("teacher", "student") for letter in relation]
@@ -139,9 +139,9 @@ def _check_mask_values(mask: Tensor) -> None:
     else:
         return
     if bool(wrong.any()):
-        kind, wanted = ("float", "0 and 1") if mask.dtype in FLOATS else ("integer", "0 and positive numbers")
+        type_name, wanted = ("float", "0 and 1") if mask.dtype in FLOATS else ("integer", "0 and positive numbers")
         raise ValueError(
-            f"attention_mask of a {kind} type must hold {wanted}, got {mask[wrong][0].item()}; "
+            f"attention_mask of a {type_name} type must hold {wanted}, got {mask[wrong][0].item()}; "
             "an additive mask is not taken: give `mask == 0`"
         )
 
@@ -154,7 +154,7 @@ def check_causal(causal: object) -> None:
 
 
 def as_temperature(temperature: object) -> float:
-    """As a float whose inverse float32 holds."""
+    """The temperature as a float, where float32 holds it and its inverse."""
     number = _as_float("temperature", temperature)
     if not number > 0:
         raise ValueError(f"temperature must be positive, got {number}")
@@ -207,17 +207,17 @@ def relation_weights(relations: Sequence[str] | Mapping[str, float]) -> dict[str
 
 
 def _as_float(name: str, value: object) -> float:
-    """Of Python's and numpy's numbers; not of a tensor, which would be taken for a constant though it may be learnt."""
+    """A number of Python or numpy as a float. A tensor is refused: it may be learnt, and a constant is not."""
     if not isinstance(value, (float, int, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+        raise TypeError(f"{name} must be a number, got {_described(value)}")
     try:
         return value if isinstance(value, float) else float(value)
     except OverflowError:
         raise ValueError(f"{name} must be a number that float32 holds, got one beyond {_FLOAT32.max:.3g}") from None
 
 
-def _kind(value: object) -> str:
-    """ "the string 'a'", else the name of the type; of a Parameter what to do instead."""
+def _described(value: object) -> str:
+    """The value in an error: "the string 'a'", else the name of its type; after a tensor's, what to do instead."""
     if isinstance(value, str):
         return f"the string {_shown(value)}"
     if isinstance(value, Tensor):
@@ -226,7 +226,7 @@ def _kind(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """In one line: what the user wrote, or its type where that would be long."""
+    """What the user wrote in one line, or its type where that would be long."""
     if isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     text = repr(value)

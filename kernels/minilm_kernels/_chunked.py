@@ -25,7 +25,7 @@ BLOCK_ELEMENTS = 1 << 19  # scores in a block: the fastest of 2^17 to 2^20 on tw
 def allocate(relations: Relations, needs_gradient: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """What `forward` returns, uninitialised: no lse, and all gradients where the row weights are known."""
     value = relations.value()
-    if not (needs_gradient and relations.sums):
+    if not (needs_gradient and relations.reduces):
         return value, value.new_empty(0), value.new_empty(0), [], []
     dx, dy = ([torch.empty_like(x) for x in xs] for xs in (relations.x_s, relations.y_s))
     return value, value.new_empty(0), value.new_empty(0), dx, dy
@@ -37,9 +37,9 @@ def forward(relations: Relations, needs_gradient: bool) -> tuple[Tensor, Tensor,
     row_weight = _row_weight(relations)
     for i in range(len(relations.x_s)):
         rows, gradients = _sweep(relations, i, True, bool(dx), None)
-        value[i] = (rows * row_weight).sum() if relations.sums else rows
+        value[i] = (rows * row_weight).sum() if relations.reduces else rows
         for prepared, gradient in zip((dx, dy), gradients, strict=False):
-            prepared[i].copy_(gradient * row_weight.unsqueeze(3) if relations.folds_weight else gradient)
+            prepared[i].copy_(gradient * row_weight.unsqueeze(3) if relations.weights_in_gradients else gradient)
     return outputs
 
 
@@ -47,26 +47,26 @@ def backward(
     relations: Relations,
     lse_t: Tensor,
     lse_s: Tensor,
-    grad: Tensor,  # () with sums, else (relations, B, R, N)
+    grad: Tensor,  # () where `reduces`, else (relations, B, R, N)
     dx: list[Tensor],
     dy: list[Tensor],
 ) -> None:
     """Completes dx and dy in place."""
     for i, relation_weight in enumerate(relations.relation_weights):
         of_relation = [gradients[i] for gradients in (dx, dy) if gradients]
-        if not relations.sums:
+        if not relations.reduces:
             for output, gradient in zip(of_relation, _sweep(relations, i, False, True, grad[i])[1], strict=True):
                 output.copy_(gradient)
             continue
         factor = grad * relation_weight
-        if not relations.folds_weight:
+        if not relations.weights_in_gradients:
             factor = (factor * _row_weight(relations)).unsqueeze(3)
         for prepared in of_relation:
             prepared.copy_(prepared * factor)
 
 
 def _row_weight(relations: Relations) -> Tensor:
-    """(B or 1, 1, N or 1)."""
+    """The weight of each row, (B or 1, 1, N or 1)."""
     if relations.row_weight is None:
         return relations.x_s[0].new_full((1, 1, 1), relations.weight, dtype=relations.wide)
     return relations.row_weight.unsqueeze(1) * relations.weight
@@ -204,7 +204,7 @@ def _denied(
 
 
 def _tokens(x: Tensor, token: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """In `dtype`, zeros where there is no token, whatever stands there."""
+    """x in `dtype`, with zeros where there is no token, whatever stands there."""
     x = x.to(dtype)
     return x if token is None else torch.where(token, x, 0)
 

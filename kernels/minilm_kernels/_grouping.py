@@ -1,6 +1,6 @@
 """What the layouts of the tensors decide: whether they fit, which relations share a launch, and their constants.
 
-Nothing here reads a value, so that all calls of one kind share one answer, which is kept.
+Nothing here reads a value. So calls of equal layouts and options share one answer, which is kept.
 B batch, H heads of a model, R relation heads, N tokens, D head dimension.
 """
 
@@ -38,7 +38,7 @@ class Group(NamedTuple):
     constants: tuple[float, list[float], float, float, bool, bool]  # of `Relations`, from `weight` on
 
     def relations(self, sides: Sequence[Sides], masks: Masks) -> Relations:
-        """With the tensors of all relations of the call."""
+        """The members, out of the tensors of all relations of the call."""
         x_t, y_t, x_s, y_s = zip(*[sides[member] for member in self.members], strict=True)
         if self.is_self:
             y_t = y_s = ()

@@ -1,9 +1,10 @@
 """The ops `minilm_kernels::{triton,chunked}_{forward,backward,backward_}`: torch.compile sees one node each.
 
 Forward returns the sums or rows, the logarithms of the softmax sums, and the gradients it prepared, of each relation's
-x and y: with the row weights but not the gradient of the loss (`Relations.folds_weight`). Lists and tensors that the
-implementation does not need are empty. `backward` makes the gradients out of them, `backward_` completes them in place,
-where those that were not prepared come uninitialised. For self relations dx is the whole gradient.
+x and y. These do not hold the gradient of the loss; `Relations.weights_in_gradients` says whether they hold the row
+weights. Lists and tensors that the implementation does not need are empty. `backward` makes the gradients out of them.
+`backward_` completes them in place; those that were not prepared come uninitialised. For self relations dx is the whole
+gradient.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ _FIELDS = len(Relations._fields)
 
 @cache
 def _function(module: str, name: str) -> Callable[..., Any]:
-    """Imported when it is first called, as Triton takes its time."""
+    """The function, imported when it is first called, as Triton takes its time."""
     return getattr(import_module(module), name)  # type: ignore[no-any-return]
 
 

@@ -63,8 +63,8 @@ def reference_losses(relations: Sequence[Relations], pattern: Pattern) -> tuple[
     for group in relations:
         sides = zip(group.x_t, group.keys_t, group.x_s, group.keys_s, strict=True)
         rows = torch.stack([reference_rows(*x, pattern, group.scale_t, group.scale_s) for x in sides])
-        if group.row_weight is not None and group.sums:
+        if group.row_weight is not None and group.reduces:
             rows = rows * group.row_weight.unsqueeze(1)
-        values.append(rows.sum((1, 2, 3)) * group.weight if group.sums else rows)
+        values.append(rows.sum((1, 2, 3)) * group.weight if group.reduces else rows)
     total, parts = weighted_total(relations, values)
     return total, parts.detach()

@@ -27,7 +27,7 @@ class Relations(NamedTuple):
     scale_t: float
     scale_s: float
     symmetric: bool  # whether key j allowed for row i means key i allowed for row j
-    sums: bool  # True: one weighted sum a relation; False: the rows themselves, unweighted
+    reduces: bool  # True: one weighted sum a relation; False: the rows themselves, unweighted
 
     @property
     def is_self(self) -> bool:
@@ -53,29 +53,29 @@ class Relations(NamedTuple):
         return torch.promote_types(self.x_s[0].dtype, torch.float32)
 
     @property
-    def folds_weight(self) -> bool:
+    def weights_in_gradients(self) -> bool:
         """Whether prepared gradients hold the row weights; float16 could not hold the product."""
         return self.x_s[0].dtype != torch.float16
 
     def value(self) -> Tensor:
         """Uninitialised: the sums (relations,) or the rows (relations, B, R, N)."""
         shape = self.shape
-        return self.x_s[0].new_empty(shape[:1] if self.sums else shape, dtype=self.wide)
+        return self.x_s[0].new_empty(shape[:1] if self.reduces else shape, dtype=self.wide)
 
 
 SCHEMA = (
     "Tensor[] x_t, Tensor[] y_t, Tensor[] x_s, Tensor[] y_s, Tensor? bounds, Tensor? holes, Tensor? row_weight, "
-    "float weight, float[] relation_weights, float scale_t, float scale_s, bool symmetric, bool sums"
+    "float weight, float[] relation_weights, float scale_t, float scale_s, bool symmetric, bool reduces"
 )
 
 
 def weighted_total(relations: Sequence[Relations], values: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Σ relation weight · loss, and all losses unweighted in one tensor, of the values that each call of an op gave.
 
-    Without sums there is one relation, and both are its rows.
+    Where rows are not reduced there is one relation, and both are its rows.
     """
     parts = torch.cat(values) if len(values) > 1 else values[0]
-    if not relations[0].sums:
+    if not relations[0].reduces:
         return parts, parts.detach()
     weights = [weight for group in relations for weight in group.relation_weights]
     if all([weight == 1 for weight in weights]):

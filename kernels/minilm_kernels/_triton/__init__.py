@@ -8,7 +8,14 @@ from torch import Tensor
 
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._keys import key_launch
-from minilm_kernels._triton._plan import Kind, architecture, kind_fields, known_kind, tiles, walkers
+from minilm_kernels._triton._plan import (
+    Problem,
+    architecture,
+    known_problem,
+    persistent_programs,
+    problem_fields,
+    tiles,
+)
 from minilm_kernels._triton._resident import resident_launch, scale_launch
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import factor_launch, self_launch
@@ -18,60 +25,61 @@ Outputs = tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]
 
 def allocate(relations: Relations, needs_gradient: bool) -> Outputs:
     """What `forward` returns, uninitialised; the shapes may be symbols."""
-    kind = Kind(*kind_fields(relations))
-    return relations.value(), *_buffers(relations, kind, needs_gradient)
+    problem = Problem(*problem_fields(relations))
+    return relations.value(), *_buffers(relations, problem, needs_gradient)
 
 
 def _buffers(
-    relations: Relations, kind: Kind, needs_gradient: bool
+    relations: Relations, problem: Problem, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """lse_t, lse_s, dx, dy."""
-    on_chip = kind.structure == "resident"
-    parts = kind.lse_parts if needs_gradient and not on_chip else 0
-    lse_t = relations.x_s[0].new_empty((parts, *kind.shape), dtype=torch.float32)
+    on_chip = problem.structure == "resident"
+    parts = problem.lse_parts if needs_gradient and not on_chip else 0
+    lse_t = relations.x_s[0].new_empty((parts, *problem.shape), dtype=torch.float32)
     lse_s = torch.empty_like(lse_t)
-    dx = [torch.empty_like(x) for x in relations.x_s] if needs_gradient and kind.structure != "self" else []
+    dx = [torch.empty_like(x) for x in relations.x_s] if needs_gradient and problem.structure != "self" else []
     dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and on_chip else []
     return lse_t, lse_s, dx, dy
 
 
 def forward(relations: Relations, needs_gradient: bool) -> Outputs:
-    kind = known_kind(*kind_fields(relations))
-    lse_t, lse_s, dx, dy = buffers = _buffers(relations, kind, needs_gradient)
-    if kind.structure == "resident":
-        launch = resident_launch(relations, kind, dx, dy, walkers(kind), architecture(kind.device))
+    problem = known_problem(*problem_fields(relations))
+    lse_t, lse_s, dx, dy = buffers = _buffers(relations, problem, needs_gradient)
+    if problem.structure == "resident":
+        launch = resident_launch(relations, problem, dx, dy, persistent_programs(problem), architecture(problem.device))
     else:
-        shape = tiles("rows" if dx else "forward", kind, architecture(kind.device))
-        launch = row_launch(relations, kind, lse_t, lse_s, dx, shape)
-    launch.run(kind.device)
+        shape = tiles("rows" if dx else "forward", problem, architecture(problem.device))
+        launch = row_launch(relations, problem, lse_t, lse_s, dx, shape)
+    launch.run(problem.device)
     value = launch.arguments["value"]
-    return value.sum(1) if kind.sums else value, *buffers
+    return value.sum(1) if problem.reduces else value, *buffers
 
 
 def backward(
     relations: Relations,
     lse_t: Tensor,
     lse_s: Tensor,
-    grad: Tensor,  # () with sums, else (G, B, R, N)
+    grad: Tensor,  # () where `reduces`, else (G, B, R, N)
     dx: list[Tensor],
     dy: list[Tensor],
 ) -> None:
     """Completes dx and dy in place."""
-    kind = known_kind(*kind_fields(relations))
-    chip = architecture(kind.device)
-    match kind.structure:
+    problem = known_problem(*problem_fields(relations))
+    chip = architecture(problem.device)
+    match problem.structure:
         case "resident":
             alike = bool(dy) and dx[0].stride() == dy[0].stride()
             groups = [dx + dy] if alike else [gradients for gradients in (dx, dy) if gradients]
-            launches = [scale_launch(relations, kind, grad, gradients) for gradients in groups]
+            launches = [scale_launch(relations, problem, grad, gradients) for gradients in groups]
         case "self":
-            bases, factors = ([lse_t.new_empty(shape) for _ in range(2)] for shape in (kind.shape[:3], kind.shape))
-            given = relations, kind, lse_t, lse_s, bases, factors, grad, dx
+            shapes = problem.shape[:3], problem.shape
+            bases, factors = ([lse_t.new_empty(shape) for _ in range(2)] for shape in shapes)
+            given = relations, problem, lse_t, lse_s, bases, factors, grad, dx
             launches = [
-                factor_launch(kind, lse_t, lse_s, bases, factors),
-                self_launch(*given, tiles("self", kind, chip)),
+                factor_launch(problem, lse_t, lse_s, bases, factors),
+                self_launch(*given, tiles("self", problem, chip)),
             ]
         case _:
-            launches = [key_launch(relations, kind, lse_t, lse_s, grad, dx, dy, tiles("keys", kind, chip))]
+            launches = [key_launch(relations, problem, lse_t, lse_s, grad, dx, dy, tiles("keys", problem, chip))]
     for launch in launches:
-        launch.run(kind.device)
+        launch.run(problem.device)

@@ -2,7 +2,7 @@
 
     G_ij = Q_ij − P_ij = 2^(s_ij − lse_S,i) − 2^(t_ij − lse_T,i),   dY_j = scale_S Σ_i w_i G_ij x_S,i
     dX_i is there, up to the gradient of the loss or the row weights; a self relation has dX + dY as its gradient
-SUMS: w is equal along a sequence and leaves the sum (inside it would push a float16 G below its smallest number).
+REDUCES: w is equal along a sequence and leaves the sum (inside it would push a float16 G below its smallest number).
 Otherwise each row has a weight of any sign, given relative to the largest, `unit`.
 
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments
-from minilm_kernels._triton._plan import Kind, Tiles, swept
+from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
     is_allowed,
@@ -23,13 +23,13 @@ from minilm_kernels._triton._steps import (
     load,
     load_lse,
     load_tokens,
-    partners,
     pick,
     probability,
     products,
     program,
     scores,
     store_tokens,
+    visible_range,
     weight_of,
 )
 
@@ -45,8 +45,8 @@ def key_sweep(
     row_weight,  # (pointer, strides) of (B, N), or None
     lse_t,  # as row_sweep stores it
     lse_s,
-    grad,  # SUMS: gradient of the weighted sum; else gradients of the rows over unit, (G, B, R, N)
-    unit,  # SUMS: None; else one number
+    grad,  # REDUCES: gradient of the weighted sum; else gradients of the rows over unit, (G, B, R, N)
+    unit,  # REDUCES: None; else one number
     relation_weights,
     dx,  # of G tensors (B, R, N, D_S), changed in place
     dy,  # None for self relations
@@ -54,8 +54,8 @@ def key_sweep(
     B,
     R,
     N,
-    SUMS: tl.constexpr,
-    FOLD: tl.constexpr,
+    REDUCES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     D_T: tl.constexpr,
     D_S: tl.constexpr,
     DIM_T: tl.constexpr,
@@ -69,7 +69,7 @@ def key_sweep(
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_N), R, B)
     n = tile * BLOCK_N
     inside = n + tl.arange(0, BLOCK_N) < N
-    token, first, end, start, full, last = partners(bounds, holes, 2, batch, n, B, N, FILLED, BLOCK_N, BLOCK_M)
+    token, first, end, start, full, last = visible_range(bounds, holes, 2, batch, n, B, N, FILLED, BLOCK_N, BLOCK_M)
     key_t = load_tokens(y_t, head_pointer(y_t, relation, batch, head), n, token, D_T, DIM_T, BLOCK_N)
     key_s = load_tokens(y_s, head_pointer(y_s, relation, batch, head), n, token, D_S, DIM_S, BLOCK_N)
     row_t, row_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
@@ -79,20 +79,20 @@ def key_sweep(
     for m in range(start, full, BLOCK_M):
         t, s, tile_s = products(key_t, key_s, x_t, x_s, row_t, row_s, m, None, D_T, D_S, PRECISION, BLOCK_M)
         at_m = at + (m + tl.arange(0, BLOCK_M))
-        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, None, None, SUMS, PRECISION)
+        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, None, None, REDUCES, PRECISION)
     for m in range(full, last, TAIL):
         row = is_token(bounds, holes, batch, m, last, B, N, TAIL)
         t, s, tile_s = products(key_t, key_s, x_t, x_s, row_t, row_s, m, row, D_T, D_S, PRECISION, TAIL)
         allowed = is_allowed(row, m, first, end, TAIL)
         at_m = at + (m + tl.arange(0, TAIL))
-        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, row, allowed, SUMS, PRECISION)
+        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, row, allowed, REDUCES, PRECISION)
 
     sums *= scales[2]
     weight = weight_of(row_weight, scales[3], batch, n, inside, BLOCK_N)
-    if SUMS:
+    if REDUCES:
         factor = tl.load(grad) * pick(relation_weights, relation)
         sums *= (weight * factor)[:, None]
-        own = tl.full([BLOCK_N], 1.0, tl.float32) * factor if FOLD else weight * factor
+        own = tl.full([BLOCK_N], 1.0, tl.float32) * factor if WEIGHTED else weight * factor
     else:
         sums *= tl.load(unit)
         own = tl.load(grad + at + n + tl.arange(0, BLOCK_N), mask=token, other=0.0) * tl.load(unit)
@@ -109,7 +109,7 @@ def key_sweep(
 
 @triton.jit
 def _add_rows(
-    sums, t, s, tile_s, lse_t, lse_s, grad, scales, at, row, allowed, SUMS: tl.constexpr, PRECISION: tl.constexpr
+    sums, t, s, tile_s, lse_t, lse_s, grad, scales, at, row, allowed, REDUCES: tl.constexpr, PRECISION: tl.constexpr
 ):
     """The sums after one more tile of products; row and allowed are None where all keys see all rows of the tile."""
     t, s = scores(t, scales[0], allowed, lse_t), scores(s, scales[1], allowed, lse_s)
@@ -117,14 +117,14 @@ def _add_rows(
     high_s, low_s = load_lse(lse_s, at, row)
     g = probability(s, scales[1], lse_s, high_s, low_s, 0)
     g -= probability(t, scales[0], lse_t, high_t, low_t, 0)
-    if not SUMS:
+    if not REDUCES:
         g *= load(grad + at, row)[None, :]
     return tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
 
 
 def key_launch(
     relations: Relations,
-    kind: Kind,
+    problem: Problem,
     lse_t: Tensor,
     lse_s: Tensor,
     grad: Tensor,
@@ -133,9 +133,9 @@ def key_launch(
     shape: Tiles,
 ) -> Launch:
     block_m, block_n, num_warps, num_stages, registers = shape
-    programs, constants = swept(kind, block_n, block_m)
+    programs, constants = sweep_grid(problem, block_n, block_m)
     unit = None
-    if not kind.sums:
+    if not problem.reduces:
         unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
         grad = (grad / unit).contiguous()
     arguments = {
@@ -151,8 +151,8 @@ def key_launch(
         "relation_weights": tuple(relations.relation_weights),
         "dx": group(dx),
         "dy": group(dy),
-        "SUMS": kind.sums,
-        "FOLD": kind.folds_weight,
+        "REDUCES": problem.reduces,
+        "WEIGHTED": problem.weights_in_gradients,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._plan import Kind
+from minilm_kernels._triton._plan import Problem
 
 LOG2_E = 1.4426950408889634
 _DIVISORS = {n: tl.constexpr(n) for n in (1, 2, 4, 8, 16)}
@@ -41,7 +41,7 @@ class Launch(NamedTuple):
 def group(tensors: Any) -> tuple[Any, ...] | None:
     """Tensors of equal strides as one kernel argument, see `_steps`.
 
-    Triton itself asks only whether a stride is a multiple of 16. Of a head of 8 dimensions it would load each number
+    Triton itself asks only whether a stride is a multiple of 16. It would load each number of a head of 8 dimensions
     alone, and not ahead of its use.
     """
     if not tensors:
@@ -70,7 +70,7 @@ def shared_arguments(relations: Relations) -> dict[str, object]:
     }
 
 
-def value_buffer(relations: Relations, kind: Kind, programs: int) -> Tensor:
-    """Where the kernels put the losses: of each program, or of each row."""
-    shape = (kind.shape[0], programs // kind.shape[0]) if kind.sums else kind.shape
+def value_buffer(relations: Relations, problem: Problem, programs: int) -> Tensor:
+    """Uninitialised, for the losses that the kernels store: one a program, or one a row."""
+    shape = (problem.shape[0], programs // problem.shape[0]) if problem.reduces else problem.shape
     return relations.x_s[0].new_empty(shape, dtype=torch.float32)

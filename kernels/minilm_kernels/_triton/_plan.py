@@ -20,8 +20,8 @@ _TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
-    """What structure, tiles and constants of the launches depend on; one object for all relations of a kind."""
+class Problem:
+    """What structure, tiles and constants of the launches depend on; one object for all relations with these fields."""
 
     shape: tuple[int, int, int, int]  # relations, B, R, N
     d_t: int
@@ -30,8 +30,8 @@ class Kind:
     dtype_s: torch.dtype
     is_self: bool
     symmetric: bool
-    sums: bool
-    folds_weight: bool  # see `Relations`
+    reduces: bool
+    weights_in_gradients: bool  # see `Relations`
     masked: bool
     precision: str  # of products of float32
     device: torch.device
@@ -39,9 +39,9 @@ class Kind:
     @cached_property
     def structure(self) -> str:
         tokens = resident_tokens(architecture(self.device), self.element_size)
-        if self.sums and self.shape[3] <= tokens and max(self.d_t, self.d_s) <= RESIDENT_DIM:
+        if self.reduces and self.shape[3] <= tokens and max(self.d_t, self.d_s) <= RESIDENT_DIM:
             return "resident"
-        return "self" if self.is_self and self.symmetric and self.sums else "cross"
+        return "self" if self.is_self and self.symmetric and self.reduces else "cross"
 
     @property
     def element_size(self) -> int:
@@ -53,7 +53,7 @@ class Kind:
         return 2 if self.element_size > 2 else 1
 
 
-def kind_fields(relations: Relations) -> tuple[Any, ...]:
+def problem_fields(relations: Relations) -> tuple[Any, ...]:
     x_t, x_s = relations.x_t[0], relations.x_s[0]
     batch, heads, length, d_s = x_s.shape
     dtype_t, dtype_s = x_t.dtype, x_s.dtype
@@ -66,15 +66,15 @@ def kind_fields(relations: Relations) -> tuple[Any, ...]:
         dtype_s,
         relations.is_self,
         relations.symmetric,
-        relations.sums,
-        relations.folds_weight,
+        relations.reduces,
+        relations.weights_in_gradients,
         relations.bounds is not None,
         "tf32" if single and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         x_s.device,
     )
 
 
-known_kind = lru_cache(maxsize=1024)(Kind)
+known_problem = lru_cache(maxsize=1024)(Problem)
 
 
 class Tiles(NamedTuple):
@@ -137,7 +137,7 @@ def resident_tokens(architecture: int, element_size: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def walkers(kind: Kind) -> int:
+def persistent_programs(problem: Problem) -> int:
     """Programs that share the heads whose rows are on chip.
 
     On Hopper a head of more than 64 tokens has a multiprocessor to itself: one program for each of them walks over the
@@ -145,21 +145,21 @@ def walkers(kind: Kind) -> int:
     `resident_registers`, and eight programs for each were fastest. Shorter heads share a multiprocessor; on Blackwell
     the walk spills. There every head has its program.
     """
-    heads = math.prod(kind.shape[:3])
-    if not walks(architecture(kind.device), kind.shape[3]):
+    heads = math.prod(problem.shape[:3])
+    if not is_persistent(architecture(problem.device), problem.shape[3]):
         return heads
-    each = 8 if max(kind.d_t, kind.d_s) <= 16 else 1
-    return min(heads, each * torch.cuda.get_device_properties(kind.device).multi_processor_count)
+    each = 8 if max(problem.d_t, problem.d_s) <= 16 else 1
+    return min(heads, each * torch.cuda.get_device_properties(problem.device).multi_processor_count)
 
 
-def walks(architecture: int, length: int) -> bool:
-    """Whether programs take several heads whose rows are on chip; see `walkers`."""
+def is_persistent(architecture: int, length: int) -> bool:
+    """Whether programs take several heads whose rows are on chip; see `persistent_programs`."""
     return architecture == 90 and length > 64
 
 
 def resident_registers(architecture: int, length: int, dim: int) -> int | None:
     """Most registers of a thread where whole rows are on chip: small heads share a multiprocessor by two."""
-    return 128 if walks(architecture, length) and dim <= 16 else None
+    return 128 if is_persistent(architecture, length) and dim <= 16 else None
 
 
 def padded(dim: int) -> int:
@@ -168,10 +168,10 @@ def padded(dim: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def tiles(kernel: str, kind: Kind, architecture: int) -> Tiles:
+def tiles(kernel: str, problem: Problem, architecture: int) -> Tiles:
     """Tiles of "forward" (rows without gradient), "rows", "keys" or "self"."""
-    size = kind.element_size
-    dim_t, dim_s = padded(kind.d_t), padded(kind.d_s)
+    size = problem.element_size
+    dim_t, dim_s = padded(problem.d_t), padded(problem.d_s)
     if size == 2:
         for dim, found in _TILES.get(architecture, {}).get(kernel, {}).items():
             if dim_s <= dim and dim_t <= max(dim, 64):
@@ -188,24 +188,24 @@ def tiles(kernel: str, kind: Kind, architecture: int) -> Tiles:
 
 
 @lru_cache(maxsize=1024)
-def swept(kind: Kind, own: int, other: int) -> tuple[int, dict[str, Any]]:
+def sweep_grid(problem: Problem, own: int, other: int) -> tuple[int, dict[str, Any]]:
     """Programs and constants of a sweep whose programs keep `own` tokens and meet tiles of `other` tokens."""
-    count, batch, heads, length = kind.shape
+    count, batch, heads, length = problem.shape
     programs = triton.cdiv(length, own) * heads * batch * count
-    return programs, whole(kind) | {"FILLED": length >= other, "TAIL": max(16, other // 2)}
+    return programs, size_constants(problem) | {"FILLED": length >= other, "TAIL": max(16, other // 2)}
 
 
 @lru_cache(maxsize=1024)
-def whole(kind: Kind) -> dict[str, Any]:
+def size_constants(problem: Problem) -> dict[str, Any]:
     """The sizes and constants of every kernel that multiplies scores."""
-    _, batch, heads, length = kind.shape
+    _, batch, heads, length = problem.shape
     return {
         "B": batch,
         "R": heads,
         "N": length,
-        "D_T": kind.d_t,
-        "D_S": kind.d_s,
-        "DIM_T": padded(kind.d_t),
-        "DIM_S": padded(kind.d_s),
-        "PRECISION": kind.precision,
+        "D_T": problem.d_t,
+        "D_S": problem.d_s,
+        "DIM_T": padded(problem.d_t),
+        "DIM_S": padded(problem.d_s),
+        "PRECISION": problem.precision,
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch, group, row_weights, shared_arguments, value_buffer
-from minilm_kernels._triton._plan import Kind, padded, resident_registers, whole
+from minilm_kernels._triton._plan import Problem, padded, resident_registers, size_constants
 from minilm_kernels._triton._steps import (
     FLOOR,
     LN2,
@@ -48,9 +48,9 @@ def resident(
     R,
     N,
     heads,  # G B R
-    WALK: tl.constexpr,  # whether a program takes several heads
+    PERSISTENT: tl.constexpr,  # whether a program takes several heads
     SAME_KEYS: tl.constexpr,  # whether all rows of a sequence see the same keys, its tokens
-    FOLD: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     WHOLE: tl.constexpr,  # whether N = BLOCK
     D_T: tl.constexpr,
     D_S: tl.constexpr,
@@ -61,7 +61,7 @@ def resident(
 ):
     offs = tl.arange(0, BLOCK)
     inside = offs < N
-    rounds = tl.cdiv(heads - tl.program_id(0), tl.num_programs(0)) if WALK else 1
+    rounds = tl.cdiv(heads - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
     for turn in tl.range(rounds, disable_licm=True):  # what would be taken out of the loop, registers could not hold
         index = tl.program_id(0) + turn * tl.num_programs(0)
         head, batch, relation = index % R, index // R % B, index // R // B
@@ -96,7 +96,7 @@ def resident(
         if dx is not None:
             g = q * tl.where(token, 1.0 / l_s, 0.0)[:, None] - p * tl.where(token, 1.0 / l_t, 0.0)[:, None]
             g = g.to(own_s.dtype)
-            factor = weight * scales[2] if FOLD else tl.full([BLOCK], 1.0, tl.float32) * scales[2]
+            factor = weight * scales[2] if WEIGHTED else tl.full([BLOCK], 1.0, tl.float32) * scales[2]
             gradient = tl.dot(g, key_s, input_precision=PRECISION)
             if dy is None:
                 gradient = tl.dot(g.T, own_s, gradient, input_precision=PRECISION)
@@ -117,7 +117,7 @@ def scale_in_place(
     B,
     R,
     N,
-    FOLD: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     D_S: tl.constexpr,
     DIM_S: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -128,9 +128,9 @@ def scale_in_place(
     inside = n + tl.arange(0, BLOCK) < N
     factor = tl.load(grad) * pick(relation_weights, relation)
     own = tl.full([BLOCK], 1.0, tl.float32) * factor
-    if not FOLD:
+    if not WEIGHTED:
         own *= weight_of(row_weight, weight, batch, n, inside, BLOCK)
-    if (factor != 1.0) | (not FOLD):
+    if (factor != 1.0) | (not WEIGHTED):
         pointers = tile_pointers(gradients, head_pointer(gradients, relation, batch, head), n, BLOCK, DIM_S)
         mask = inside[:, None] & (tl.arange(0, DIM_S) < D_S)[None, :]
         scaled = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * own[:, None]
@@ -138,44 +138,44 @@ def scale_in_place(
 
 
 def resident_launch(
-    relations: Relations, kind: Kind, dx: list[Tensor], dy: list[Tensor], programs: int, architecture: int
+    relations: Relations, problem: Problem, dx: list[Tensor], dy: list[Tensor], programs: int, architecture: int
 ) -> Launch:
-    heads, block = math.prod(kind.shape[:3]), padded(kind.shape[3])
-    walk = programs < heads
-    num_warps = max(1, block // (8 if kind.element_size > 2 else 16))
+    heads, block = math.prod(problem.shape[:3]), padded(problem.shape[3])
+    persistent = programs < heads
+    num_warps = max(1, block // (8 if problem.element_size > 2 else 16))
     arguments = {
-        **whole(kind),
+        **size_constants(problem),
         **shared_arguments(relations),
         "y_t": group(relations.y_t),
         "y_s": group(relations.y_s),
         "heads": heads,
-        "value": value_buffer(relations, kind, heads),
+        "value": value_buffer(relations, problem, heads),
         "dx": group(dx),
         "dy": group(dy),
-        "WALK": walk,
-        "SAME_KEYS": relations.holes is not None and kind.symmetric,
-        "FOLD": kind.folds_weight,
-        "WHOLE": kind.shape[3] == block,
+        "PERSISTENT": persistent,
+        "SAME_KEYS": relations.holes is not None and problem.symmetric,
+        "WEIGHTED": problem.weights_in_gradients,
+        "WHOLE": problem.shape[3] == block,
         "BLOCK": block,
     }
-    registers = resident_registers(architecture, kind.shape[3], max(kind.d_t, kind.d_s))
-    return Launch(resident, programs, arguments, num_warps, 3 if walk else 1, registers)
+    registers = resident_registers(architecture, problem.shape[3], max(problem.d_t, problem.d_s))
+    return Launch(resident, programs, arguments, num_warps, 3 if persistent else 1, registers)
 
 
-def scale_launch(relations: Relations, kind: Kind, grad: Tensor, gradients: list[Tensor]) -> Launch:
-    both = len(gradients) // kind.shape[0]  # dx and dy, or one of them
+def scale_launch(relations: Relations, problem: Problem, grad: Tensor, gradients: list[Tensor]) -> Launch:
+    both = len(gradients) // problem.shape[0]  # dx and dy, or one of them
     arguments = {
         "gradients": group(gradients),
         "row_weight": row_weights(relations.row_weight),
         "grad": grad,
         "relation_weights": tuple(relations.relation_weights) * both,
         "weight": relations.weight,
-        "B": kind.shape[1],
-        "R": kind.shape[2],
-        "N": kind.shape[3],
-        "FOLD": kind.folds_weight,
-        "D_S": kind.d_s,
-        "DIM_S": padded(kind.d_s),
-        "BLOCK": padded(kind.shape[3]),
+        "B": problem.shape[1],
+        "R": problem.shape[2],
+        "N": problem.shape[3],
+        "WEIGHTED": problem.weights_in_gradients,
+        "D_S": problem.d_s,
+        "DIM_S": padded(problem.d_s),
+        "BLOCK": padded(problem.shape[3]),
     }
-    return Launch(scale_in_place, math.prod(kind.shape[:3]) * both, arguments, 4, 1)
+    return Launch(scale_in_place, math.prod(problem.shape[:3]) * both, arguments, 4, 1)

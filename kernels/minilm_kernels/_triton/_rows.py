@@ -9,7 +9,7 @@ dX costs two products more and no exponential. Weights are rounded to the tensor
 in place of o_D, the difference of two sums would keep the rounding of either, however near the models are; o_D keeps
 that of their difference, as ratio = l_S / l_T over the keys so far makes q and ratio · p what Q and P are.
 
-References. In bfloat16 a row's score with its own token stands for its maximum (OWN): no maximum of a tile, and
+References. In bfloat16 a row's score with its own token stands for its maximum (OWN_SCORE): no maximum of a tile, and
 nothing shrinks. A tile of rows with a sum above HEADROOM starts again with running maxima, as float32 (whose errors
 show) and float16 (which cannot hold such weights) do at once. When those rise by c_T and c_S, a becomes
 (a − l_T (c_T − c_S)) 2^(−c_T), and all other sums just shrink. (Subtracting the two lse at the end instead would
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments, value_buffer
-from minilm_kernels._triton._plan import Kind, Tiles, swept
+from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     FLOOR,
     LN2,
@@ -34,11 +34,11 @@ from minilm_kernels._triton._steps import (
     is_token,
     load_tokens,
     log2_ratio,
-    partners,
     products,
     program,
     store_lse,
     store_tokens,
+    visible_range,
     weight_of,
 )
 
@@ -54,7 +54,7 @@ def row_sweep(
     bounds,  # (4, B, N) or None
     holes,  # (B,) or None
     row_weight,  # (pointer, strides) of (B, N), or None
-    value,  # SUMS: (programs,), Σ weight · KL of each; else (G, B, R, N)
+    value,  # REDUCES: (programs,), Σ weight · KL of each; else (G, B, R, N)
     lse_t,  # (m + log2 l,) or (m, log2 l), each (G, B, R, N), or None
     lse_s,
     dx,  # of G tensors (B, R, N, D_S), or None
@@ -62,8 +62,8 @@ def row_sweep(
     B,
     R,
     N,
-    SUMS: tl.constexpr,
-    FOLD: tl.constexpr,
+    REDUCES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     D_T: tl.constexpr,
     D_S: tl.constexpr,
     DIM_T: tl.constexpr,
@@ -73,16 +73,16 @@ def row_sweep(
     BLOCK_N: tl.constexpr,
     FILLED: tl.constexpr,  # whether N fills a tile of the main loop
     TAIL: tl.constexpr,  # keys of a tile where some are not allowed
-    OWN: tl.constexpr,  # whether rows start from their own scores
+    OWN_SCORE: tl.constexpr,  # whether rows start from their own scores
 ):
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_M), R, B)
     m = tile * BLOCK_M
     inside = m + tl.arange(0, BLOCK_M) < N
-    token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
+    token, first, end, start, full, last = visible_range(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
     query_t = load_tokens(x_t, head_pointer(x_t, relation, batch, head), m, token, D_T, DIM_T, BLOCK_M)
     query_s = load_tokens(x_s, head_pointer(x_s, relation, batch, head), m, token, D_S, DIM_S, BLOCK_M)
     key_t, key_s = head_pointer(y_t, relation, batch, head), head_pointer(y_s, relation, batch, head)
-    if OWN:
+    if OWN_SCORE:
         own_t = load_tokens(y_t, key_t, m, token, D_T, DIM_T, BLOCK_M)
         own_s = load_tokens(y_s, key_s, m, token, D_S, DIM_S, BLOCK_M)
         m_t, m_s = _row_products(query_t, own_t) * scales[0], _row_products(query_s, own_s) * scales[1]
@@ -95,7 +95,7 @@ def row_sweep(
 
     for n in range(start, full, BLOCK_N):
         t, s, tile_s = products(query_t, query_s, y_t, y_s, key_t, key_s, n, None, D_T, D_S, PRECISION, BLOCK_N)
-        if OWN:
+        if OWN_SCORE:
             l_t, l_s, a, o_t, o_d, ratio = _update(
                 m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION
             )
@@ -103,7 +103,7 @@ def row_sweep(
             m_t, m_s, l_t, l_s, a, o_t, o_d, ratio = _online_update(
                 m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse_t, dx, PRECISION
             )
-    if OWN:
+    if OWN_SCORE:
         within = (full > start) & (tl.maximum(tl.max(l_t, 0), tl.max(l_s, 0)) <= HEADROOM)
         full = tl.where(within, full, start)
         m_t, m_s = tl.where(within, m_t, FLOOR), tl.where(within, m_s, FLOOR)
@@ -122,7 +122,7 @@ def row_sweep(
     kl = tl.where(token, LN2 * (a / l_t + log2_ratio(l_s, l_t)), 0.0)
     weight = weight_of(row_weight, scales[3], batch, m, inside, BLOCK_M)
     at = ((relation * B + batch) * R + head).to(tl.int64) * N + m + tl.arange(0, BLOCK_M)
-    if SUMS:
+    if REDUCES:
         tl.store(value + tl.program_id(0), tl.sum(kl * weight, 0))
     else:
         tl.store(value + at, kl, mask=inside)
@@ -131,7 +131,7 @@ def row_sweep(
         store_lse(lse_s, at, token, inside, m_s, l_s)
     if dx is not None:
         gradient = (o_d / l_s[:, None] + o_t * (ratio / l_s - 1.0 / l_t)[:, None]) * scales[2]
-        if FOLD:
+        if WEIGHTED:
             gradient *= weight[:, None]
         gradient = tl.where(token[:, None], gradient, 0.0)
         store_tokens(dx, head_pointer(dx, relation, batch, head), m, gradient, inside, D_S, DIM_S, BLOCK_M)
@@ -196,24 +196,24 @@ def _weighted(o_t, o_d, ratio, l_t, l_s, p, q, shrink_t, shrink_s, tile_s, PRECI
 
 
 def row_launch(
-    relations: Relations, kind: Kind, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], shape: Tiles
+    relations: Relations, problem: Problem, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], shape: Tiles
 ) -> Launch:
     block_m, block_n, num_warps, num_stages, registers = shape
-    programs, constants = swept(kind, block_m, block_n)
+    programs, constants = sweep_grid(problem, block_m, block_n)
     arguments = {
         **constants,
         **shared_arguments(relations),
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
         "holes": relations.holes,
-        "value": value_buffer(relations, kind, programs),
+        "value": value_buffer(relations, problem, programs),
         "lse_t": lse_argument(lse_t),
         "lse_s": lse_argument(lse_s),
         "dx": group(dx),
-        "SUMS": kind.sums,
-        "FOLD": kind.sums and kind.folds_weight,
+        "REDUCES": problem.reduces,
+        "WEIGHTED": problem.reduces and problem.weights_in_gradients,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "OWN": kind.element_size == 2 and (not dx or kind.dtype_s != torch.float16),
+        "OWN_SCORE": problem.element_size == 2 and (not dx or problem.dtype_s != torch.float16),
     }
     return Launch(row_sweep, programs, arguments, num_warps, num_stages, registers)

@@ -20,20 +20,20 @@ from torch import Tensor
 
 from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments
-from minilm_kernels._triton._plan import Kind, Tiles, swept
+from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
     is_allowed,
     is_token,
     load_lse,
     load_tokens,
-    partners,
     pick,
     probability,
     products,
     program,
     scores,
     store_tokens,
+    visible_range,
     weight_of,
 )
 
@@ -103,7 +103,7 @@ def self_sweep(
     tile, head, batch, relation = program(tl.cdiv(N, BLOCK_M), R, B)
     m = tile * BLOCK_M
     offs_m = m + tl.arange(0, BLOCK_M)
-    token, first, end, start, full, last = partners(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
+    token, first, end, start, full, last = visible_range(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
     base_t, base_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
     query_t = load_tokens(x_t, base_t, m, token, D_T, DIM_T, BLOCK_M)
     query_s = load_tokens(x_s, base_s, m, token, D_S, DIM_S, BLOCK_M)
@@ -150,7 +150,7 @@ def _above(base, lse, low, token):
     return tl.where(token, lse - tl.load(base) + low, 0.0)
 
 
-def factor_launch(kind: Kind, lse_t: Tensor, lse_s: Tensor, bases: list[Tensor], factors: list[Tensor]) -> Launch:
+def factor_launch(problem: Problem, lse_t: Tensor, lse_s: Tensor, bases: list[Tensor], factors: list[Tensor]) -> Launch:
     arguments = {
         "lse_t": lse_argument(lse_t),
         "lse_s": lse_argument(lse_s),
@@ -158,14 +158,14 @@ def factor_launch(kind: Kind, lse_t: Tensor, lse_s: Tensor, bases: list[Tensor],
         "base_s": bases[1],
         "factor_t": factors[0],
         "factor_s": factors[1],
-        "N": kind.shape[3],
+        "N": problem.shape[3],
     }
-    return Launch(key_factors, math.prod(kind.shape[:3]), arguments, 4, 1)
+    return Launch(key_factors, math.prod(problem.shape[:3]), arguments, 4, 1)
 
 
 def self_launch(
     relations: Relations,
-    kind: Kind,
+    problem: Problem,
     lse_t: Tensor,
     lse_s: Tensor,
     bases: list[Tensor],
@@ -175,7 +175,7 @@ def self_launch(
     shape: Tiles,
 ) -> Launch:
     block_m, block_n, num_warps, num_stages, registers = shape
-    programs, constants = swept(kind, block_m, block_n)
+    programs, constants = sweep_grid(problem, block_m, block_n)
     arguments = {
         **constants,
         **shared_arguments(relations),

@@ -76,7 +76,7 @@ def store_tokens(x, base, start, values, inside, D: tl.constexpr, DIM: tl.conste
 
 @triton.jit
 def interval(bounds, which: tl.constexpr, batch, start, B, N, BLOCK: tl.constexpr):
-    """First and end of the allowed partners of the tokens from `start` on; which: 0 keys of a row, 2 rows of a key."""
+    """First and end of what the tokens from `start` on may see; which: 0 the keys of a row, 2 the rows of a key."""
     offs = start + tl.arange(0, BLOCK)
     first = bounds + (which * B + batch).to(tl.int64) * N + offs
     end = bounds + ((which + 1) * B + batch).to(tl.int64) * N + offs
@@ -84,13 +84,13 @@ def interval(bounds, which: tl.constexpr, batch, start, B, N, BLOCK: tl.constexp
 
 
 @triton.jit
-def partners(
+def visible_range(
     bounds, holes, which: tl.constexpr, batch, start, B, N, FILLED: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr
 ):
     """What the OWN tokens from `start` on may see. FILLED: N >= BLOCK.
 
-    (is a token, first partner, end of partners, start, full, end): the partners of all lie in start..end, and those in
-    start..full, whole tiles of BLOCK, are tokens that each of them sees.
+    Returns (which of them are tokens, first and end of what each sees, start, full, end). What any of them sees lies in
+    start..end. All that lies in start..full, whole tiles of BLOCK, is a token and seen by each of them.
     """
     inside = start + tl.arange(0, OWN) < N
     if bounds is None:
