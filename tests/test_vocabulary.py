@@ -307,6 +307,11 @@ FAMILIES = [
 def test_a_cut_model_knows_the_kept_tokens_as_before(tmp_path: Path, family: str, head: str, tied: bool) -> None:
     """As it is, and as it is loaded again; of a head the logits of the kept tokens."""
     whole, cut = (tiny_model(family, head, tie_word_embeddings=tied) for _ in range(2))
+    for model in (whole, cut):
+        draw = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, generator=draw)
     kept = sorted({*KEPT, *named_tokens(whole)})
     cut_embeddings(cut, kept)
     cut.save_pretrained(tmp_path)
@@ -330,6 +335,9 @@ def test_numbers_of_tokens_in_the_config_are_the_new_ones() -> None:
         *(1, [12, 10], None, 3000),
     )
     assert model.generation_config.eos_token_id == [12, 10]
+    bert = tiny_model("bert", pad_token_id=33)
+    cut_embeddings(bert, KEPT)
+    assert bert.get_input_embeddings().padding_idx == bert.config.pad_token_id == 10
     roberta = tiny_model("roberta", pad_token_id=3)
     assert named_tokens(roberta) == {0, 1, 2, 3}  # positions count from the padding's number
     cut_embeddings(roberta, [*range(8), 33])

@@ -41,15 +41,15 @@ def cut_embeddings(model: PreTrainedModel, kept: Sequence[int]) -> None:
     size, padding = len(embeddings.weight), embeddings.padding_idx
     rows, some = torch.tensor(kept, device=model.device), slice(None, None, max(1, len(kept) // TRIED))
     before = _outputs(model, rows[some])
-    heads: list[Any] = [module for module in model.modules() if _has_bias(module, size)]
+    heads: list[Any] = [module for module in model.modules() if _has_bias(module, size, output)]
     tensors = [embeddings.weight, *(head.bias for head in heads)]
     tensors += [] if output is None else [output.weight, output.bias]
     for tensor in {id(tensor): tensor for tensor in tensors if tensor is not None}.values():  # tied ones once
         tensor[: len(rows)] = tensor[rows]
+    biases = [nn.Parameter(head.bias[: len(rows)].clone()) for head in heads]
     model.resize_token_embeddings(len(rows))
-    for head in heads:
-        if len(head.bias) == size:  # which transformers has left
-            head.bias = nn.Parameter(head.bias[: len(rows)].clone())
+    for head, bias in zip(heads, biases, strict=True):
+        head.bias = bias  # which transformers leaves long, or replaces by the output layer's
     new = {token: number for number, token in enumerate(kept)}
     cast(nn.Embedding, model.get_input_embeddings()).padding_idx = None if padding is None else new.get(padding)
     for config in _configs(model):
@@ -64,10 +64,12 @@ def cut_embeddings(model: PreTrainedModel, kept: Sequence[int]) -> None:
         )
 
 
-def _has_bias(module: Any, size: int) -> bool:
-    """Whether it is a head that adds a bias of its own to what its output layer gives."""
+def _has_bias(module: Any, size: int, output: Any) -> bool:
+    """Whether it is a head with a bias beside the output layer's: BERT's and its kin's where weights are not tied."""
     bias = getattr(module, "bias", None)
-    return any(True for _ in module.children()) and isinstance(bias, nn.Parameter) and bias.shape == (size,)
+    if not any(True for _ in module.children()) or not isinstance(bias, nn.Parameter):
+        return False
+    return bias.shape == (size,) and bias is not getattr(output, "bias", None)
 
 
 def _outputs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
