@@ -28,6 +28,7 @@ import profile_kernels
 import run_gpu
 import static_report
 import step_bench
+import systems_bench
 import tile_bench
 import truncation_bench
 from _cases import FAMILIES, Case, Triple, as_leaves, make_inputs, select_cases
@@ -667,3 +668,27 @@ def test_environment_outside_of_git(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(_results, "ROOT", tmp_path)
     assert _results.environment("cpu")["commit"] == "unknown"
     assert _results.environment("cpu", "abc")["commit"] == "abc"
+
+
+TINY = systems_bench.Sizes(
+    BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64),
+    batch=2,
+    n=9,
+)
+
+
+@pytest.mark.parametrize("name", systems_bench.MEASURED)
+def test_a_step_of_each_system_trains_the_student(name: str) -> None:
+    torch.manual_seed(0)
+    step, own_parameters = systems_bench.make_step(name, TINY, "cpu")
+    losses = [step() for _ in range(30)]
+    assert losses[-1] < losses[0]
+    assert own_parameters == (32 * 32 if name == "tinybert" else 0)
+
+
+def test_the_table_of_systems_has_what_was_measured() -> None:
+    rows = [
+        systems_bench.SystemRow(system="a", B=1, N=2, own_parameters=1024, ms_p50=1234.5, peak_mib=2.6),
+        systems_bench.SystemRow(system="b", B=1, N=2, note="out of memory"),
+    ]
+    assert systems_bench.markdown(rows) == "| a | 1,024 | 1,234 | 3 |"

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import sys
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,11 @@ import torch
 from transformers import AutoModel
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+from _results import read_csv  # noqa: E402
+from systems_bench import MEASURED, SystemRow, markdown  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -37,7 +43,20 @@ def test_trainer_example_runs_and_saves_the_student(tmp_path: Path, monkeypatch:
     datasets.enable_progress_bars()
     student = AutoModel.from_pretrained(tmp_path / "student")
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (3, 192)
-    assert len(EXAMPLES) == 3  # the last is the demonstration's
+    assert len(EXAMPLES) == 4  # the last but one is the demonstration's
+
+
+def test_sentence_transformers_example_runs_and_saves_the_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = EXAMPLES[3].replace('report_to="none"', 'report_to="none", use_cpu=True, disable_tqdm=True')
+    names: dict[str, object] = {}
+    exec(compile(code.replace("docstrings()[:64]", "['some text', 'and more']"), "README.md", "exec"), names)
+    assert SentenceTransformer("student")[0].auto_model.config.num_hidden_layers == 3
 
 
 def test_file_tree_names_every_module() -> None:
@@ -56,6 +75,13 @@ def test_no_section_stands_twice() -> None:
     for readme in (README, (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")):
         headings = re.findall(r"^#+ .*$", readme, flags=re.MULTILINE)
         assert len(headings) == len(set(headings)) > 3
+
+
+def test_costs_of_the_systems_are_those_that_were_measured() -> None:
+    rows = read_csv(SystemRow, ROOT / "bench" / "results" / "systems_cpu.csv")
+    assert {row.system for row in rows} == MEASURED.keys()
+    told = README.split("<!-- systems -->\n")[1].split("\n<!-- end of systems -->")[0]
+    assert told == markdown(rows)
 
 
 def test_figures_of_the_h200_are_those_that_were_measured() -> None:
