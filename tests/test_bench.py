@@ -679,6 +679,7 @@ TINY = systems_bench.Sizes(
         intermediate_size=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,  # models that differ
     ),
     batch=4,
     n=20,

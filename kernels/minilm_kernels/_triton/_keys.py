@@ -18,14 +18,12 @@ from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_a
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
-    is_allowed,
     is_token,
     load,
     load_lse,
     load_tokens,
     pick,
     probability,
-    products,
     program,
     scores,
     store_tokens,
@@ -74,18 +72,22 @@ def key_sweep(
     key_s = load_tokens(y_s, head_pointer(y_s, relation, batch, head), n, token, D_S, DIM_S, BLOCK_N)
     row_t, row_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
     at = ((relation * B + batch) * R + head).to(tl.int64) * N
+    SCALED: tl.constexpr = len(lse_t) == 1  # see `probability`
     sums = tl.zeros([BLOCK_N, DIM_S], tl.float32)
 
     for m in range(start, full, BLOCK_M):
-        t, s, tile_s = products(key_t, key_s, x_t, x_s, row_t, row_s, m, None, D_T, D_S, PRECISION, BLOCK_M)
+        t, s, tile_s = scores(
+            key_t, key_s, x_t, x_s, row_t, row_s, m, None, first, end, scales, SCALED, D_T, D_S, PRECISION, BLOCK_M
+        )
         at_m = at + (m + tl.arange(0, BLOCK_M))
-        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, None, None, REDUCES, PRECISION)
+        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, None, REDUCES, PRECISION)
     for m in range(full, last, TAIL):
         row = is_token(bounds, holes, batch, m, last, B, N, TAIL)
-        t, s, tile_s = products(key_t, key_s, x_t, x_s, row_t, row_s, m, row, D_T, D_S, PRECISION, TAIL)
-        allowed = is_allowed(row, m, first, end, TAIL)
+        t, s, tile_s = scores(
+            key_t, key_s, x_t, x_s, row_t, row_s, m, row, first, end, scales, SCALED, D_T, D_S, PRECISION, TAIL
+        )
         at_m = at + (m + tl.arange(0, TAIL))
-        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, row, allowed, REDUCES, PRECISION)
+        sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, row, REDUCES, PRECISION)
 
     sums *= scales[2]
     weight = weight_of(row_weight, scales[3], batch, n, inside, BLOCK_N)
@@ -108,11 +110,8 @@ def key_sweep(
 
 
 @triton.jit
-def _add_rows(
-    sums, t, s, tile_s, lse_t, lse_s, grad, scales, at, row, allowed, REDUCES: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The sums after one more tile of products; row and allowed are None where all keys see all rows of the tile."""
-    t, s = scores(t, scales[0], allowed, lse_t), scores(s, scales[1], allowed, lse_s)
+def _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at, row, REDUCES: tl.constexpr, PRECISION: tl.constexpr):
+    """The sums after one more tile of products; row is None where all keys see all rows of the tile."""
     high_t, low_t = load_lse(lse_t, at, row)
     high_s, low_s = load_lse(lse_s, at, row)
     g = probability(s, scales[1], lse_s, high_s, low_s, 0)

@@ -30,12 +30,11 @@ from minilm_kernels._triton._steps import (
     FLOOR,
     LN2,
     head_pointer,
-    is_allowed,
     is_token,
     load_tokens,
     log2_ratio,
-    products,
     program,
+    scores,
     store_lse,
     store_tokens,
     visible_range,
@@ -94,7 +93,9 @@ def row_sweep(
     ratio = tl.zeros([BLOCK_M], tl.float32)
 
     for n in range(start, full, BLOCK_N):
-        t, s, tile_s = products(query_t, query_s, y_t, y_s, key_t, key_s, n, None, D_T, D_S, PRECISION, BLOCK_N)
+        t, s, tile_s = scores(
+            query_t, query_s, y_t, y_s, key_t, key_s, n, None, first, end, scales, False, D_T, D_S, PRECISION, BLOCK_N
+        )
         if OWN_SCORE:
             l_t, l_s, a, o_t, o_d, ratio = _update(
                 m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION
@@ -111,9 +112,9 @@ def row_sweep(
         o_t, o_d, ratio = tl.where(within, o_t, 0.0), tl.where(within, o_d, 0.0), tl.where(within, ratio, 0.0)
     for n in range(full, last, TAIL):
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
-        t, s, tile_s = products(query_t, query_s, y_t, y_s, key_t, key_s, n, key, D_T, D_S, PRECISION, TAIL)
-        allowed = is_allowed(key, n, first, end, TAIL)
-        t, s = tl.where(allowed, t, FLOOR), tl.where(allowed, s, FLOOR)
+        t, s, tile_s = scores(
+            query_t, query_s, y_t, y_s, key_t, key_s, n, key, first, end, scales, False, D_T, D_S, PRECISION, TAIL
+        )
         m_t, m_s, l_t, l_s, a, o_t, o_d, ratio = _online_update(
             m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse_t, dx, PRECISION
         )

@@ -23,13 +23,11 @@ from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_a
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
-    is_allowed,
     is_token,
     load_lse,
     load_tokens,
     pick,
     probability,
-    products,
     program,
     scores,
     store_tokens,
@@ -104,9 +102,9 @@ def self_sweep(
     m = tile * BLOCK_M
     offs_m = m + tl.arange(0, BLOCK_M)
     token, first, end, start, full, last = visible_range(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
-    base_t, base_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
-    query_t = load_tokens(x_t, base_t, m, token, D_T, DIM_T, BLOCK_M)
-    query_s = load_tokens(x_s, base_s, m, token, D_S, DIM_S, BLOCK_M)
+    row_t, row_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
+    query_t = load_tokens(x_t, row_t, m, token, D_T, DIM_T, BLOCK_M)
+    query_s = load_tokens(x_s, row_s, m, token, D_S, DIM_S, BLOCK_M)
     which = ((relation * B + batch) * R + head).to(tl.int64)
     at = which * N
     own_t, low_t = load_lse(lse_t, at + offs_m, token)
@@ -114,12 +112,14 @@ def self_sweep(
     above_t, above_s = _above(bases[0] + which, own_t, low_t, token), _above(bases[1] + which, own_s, low_s, token)
     full = tl.where(tl.maximum(tl.max(above_t, 0), tl.max(above_s, 0)) <= HEADROOM, full, start)
     a_t, a_s = tl.exp2(tl.minimum(above_t, HEADROOM)), tl.exp2(tl.minimum(above_s, HEADROOM))
+    SCALED: tl.constexpr = len(lse_t) == 1  # see `probability`
     sums = tl.zeros([BLOCK_M, DIM_S], tl.float32)
 
     for n in range(start, full, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        t, s, tile_s = products(query_t, query_s, x_t, x_s, base_t, base_s, n, None, D_T, D_S, PRECISION, BLOCK_N)
-        t, s = scores(t, scales[0], None, lse_t), scores(s, scales[1], None, lse_s)
+        t, s, tile_s = scores(
+            query_t, query_s, x_t, x_s, row_t, row_s, n, None, first, end, scales, SCALED, D_T, D_S, PRECISION, BLOCK_N
+        )
         b_t, b_s = tl.load(factors[0] + at + offs_n), tl.load(factors[1] + at + offs_n)
         g = probability(s, scales[1], lse_s, own_s, low_s, 1) * (1.0 + a_s[:, None] * b_s[None, :])
         g -= probability(t, scales[0], lse_t, own_t, low_t, 1) * (1.0 + a_t[:, None] * b_t[None, :])
@@ -127,9 +127,9 @@ def self_sweep(
     for n in range(full, last, TAIL):
         offs_n = n + tl.arange(0, TAIL)
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
-        t, s, tile_s = products(query_t, query_s, x_t, x_s, base_t, base_s, n, key, D_T, D_S, PRECISION, TAIL)
-        allowed = is_allowed(key, n, first, end, TAIL)
-        t, s = scores(t, scales[0], allowed, lse_t), scores(s, scales[1], allowed, lse_s)
+        t, s, tile_s = scores(
+            query_t, query_s, x_t, x_s, row_t, row_s, n, key, first, end, scales, SCALED, D_T, D_S, PRECISION, TAIL
+        )
         key_t, key_low_t = load_lse(lse_t, at + offs_n, key)
         key_s, key_low_s = load_lse(lse_s, at + offs_n, key)
         g = probability(s, scales[1], lse_s, own_s, low_s, 1)

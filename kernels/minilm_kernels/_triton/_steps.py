@@ -124,29 +124,6 @@ def is_token(bounds, holes, batch, start, end, B, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_allowed(token, start, first, end, BLOCK: tl.constexpr):
-    """Which of the tokens from `start` on are tokens, and within each interval first..end: a row for each interval."""
-    offs = start + tl.arange(0, BLOCK)
-    return token[None, :] & (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
-
-
-@triton.jit
-def products(
-    own_t, own_s, x_t, x_s, base_t, base_s, start, token, D_T: tl.constexpr, D_S: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Products of a program's own tokens with a tile of others from `start` on, and that tile of the student.
-
-    Zeros stand for the others where not `token` (None: nowhere).
-    """
-    tile_t = load_tokens(x_t, base_t, start, token, D_T, own_t.shape[1], BLOCK)
-    tile_s = load_tokens(x_s, base_s, start, token, D_S, own_s.shape[1], BLOCK)
-    t = tl.dot(own_t, tile_t.T, input_precision=PRECISION)
-    s = tl.dot(own_s, tile_s.T, input_precision=PRECISION)
-    return t, s, tile_s
-
-
-@triton.jit
 def weight_of(row_weight, weight, batch, start, inside, BLOCK: tl.constexpr):
     """Weight of the rows from `start` on; row_weight is None or (pointer, stride of batch, stride of tokens)."""
     if row_weight is None:
@@ -202,22 +179,42 @@ def load(pointers, token):
 
 
 @triton.jit
-def scores(products, scale, allowed, lse):
-    """What `probability` takes: scale · products, FLOOR where not allowed (None: all are).
+def scores(
+    own_t, own_s, x_t, x_s, base_t, base_s, start, token, first, end, scales,
+    SCALED: tl.constexpr, D_T: tl.constexpr, D_S: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scores of a program's own tokens with a tile of others from `start` on, and that tile of the student.
 
-    An lse in two parts holds what the forward's one rounding of a score leaves, so there the scale waits for the
-    subtraction, and scores are rounded once too.
+    token is None where each own token sees the whole tile; else FLOOR stands where an other is not `token` or lies
+    outside first..end. Where not SCALED the scores are bare products.
     """
-    if len(lse) == 1:
-        products = products * scale
+    tile_t = load_tokens(x_t, base_t, start, token, D_T, own_t.shape[1], BLOCK)
+    tile_s = load_tokens(x_s, base_s, start, token, D_S, own_s.shape[1], BLOCK)
+    allowed = None
+    if token is not None:
+        offs = start + tl.arange(0, BLOCK)
+        allowed = token[None, :] & (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
+    t = _score(tl.dot(own_t, tile_t.T, input_precision=PRECISION), scales[0], allowed, SCALED)
+    s = _score(tl.dot(own_s, tile_s.T, input_precision=PRECISION), scales[1], allowed, SCALED)
+    return t, s, tile_s
+
+
+@triton.jit
+def _score(product, scale, allowed, SCALED: tl.constexpr):
+    if SCALED:
+        product = product * scale
     if allowed is not None:
-        products = tl.where(allowed, products, FLOOR)
-    return products
+        product = tl.where(allowed, product, FLOOR)
+    return product
 
 
 @triton.jit
 def probability(scores, scale, lse, high, low, AXIS: tl.constexpr):
-    """2^(scores − lse), lse along the other axis; two parts are subtracted in two steps, else their sum would round."""
+    """2^(scores − lse), lse along the other axis, of SCALED scores where lse is one number and of products where two.
+
+    Two parts hold what the forward's one rounding of a score leaves. So the scale waits for the subtraction, and scores
+    are rounded once here too. They are subtracted in two steps, else their sum would round.
+    """
     if len(lse) == 1:
         return tl.exp2(scores - tl.expand_dims(high, AXIS))
     else:
