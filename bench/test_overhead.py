@@ -1,6 +1,6 @@
 """Time of one call of the loss and its backward, over that of a bare autograd Function that makes the same launches.
 
-    pytest bench/test_overhead.py -n 0 --benchmark-only --benchmark-group-by=param:n
+    pytest bench/test_overhead.py -n 0 --benchmark-only
 
 The bare Function knows the launches beforehand, allocates what they write, and saves what they read; the difference of
 the two minima is what everything else costs a call: checks, grouping, ops, arguments. On a GPU the launches are made,

@@ -118,3 +118,11 @@ def test_what_does_not_go_with_a_student_is_told(tmp_path: Path, command: Comman
         assert f"has sizes and weights of its own: leave out --{flag} {value}" in told(*argv, f"--{flag}", value)
     assert "max_length 12 is more than the student's 10 positions" in told(*argv)
     assert "--student is given without --data" in told("--student", name)
+
+
+def test_what_to_name_instead_is_told_with_its_flag(tmp_path: Path) -> None:
+    name = small(tmp_path / "small")
+    with pytest.raises(ValueError, match=f"it is a file: name the folder that holds it, --student {name}$"):
+        load_student(f"{name}/config.json", tiny_model("bert"))
+    with pytest.raises(ValueError, match=f"the model is in a folder below it: --student {name}$"):
+        load_student(str(tmp_path), tiny_model("bert"))

@@ -31,11 +31,11 @@ _FOREIGN = {  # weights that transformers 5 does not load, by their files
 }
 
 
-def explain(name: str, error: Exception, part: str = "") -> str:
+def explain(name: str, error: Exception, part: str = "", who: str = "teacher") -> str:
     """Why `name`, or that part of it, did not load, as the rest of a sentence: by its files, else the error's words."""
     if os.path.isfile(name):  # unlike a Path's, it says no to a name that the system does not take
-        return f"it is a file: name the folder that holds it, --teacher {Path(name).parent}"
-    if os.path.isdir(name) and (fault := next(_faults(Path(name)), None)):
+        return f"it is a file: name the folder that holds it, --{who} {Path(name).parent}"
+    if os.path.isdir(name) and (fault := next(_faults(Path(name), who), None)):
         return fault
     if part == "tokenizer" and os.path.isdir(name) and not any(map(list, map(Path(name).glob, _TOKENIZERS))):
         return "no tokenizer's files are there: save the one that it was trained with in that folder"
@@ -52,9 +52,9 @@ def one_line(error: Exception) -> str:
     return line if told else f"{type(error).__name__} {line}".strip()
 
 
-def _faults(folder: Path) -> Iterator[str]:
+def _faults(folder: Path, who: str) -> Iterator[str]:
     yield from _broken(folder)
-    yield from _not_a_model(folder)
+    yield from _not_a_model(folder, who)
     yield from _incomplete(folder)
 
 
@@ -127,7 +127,7 @@ def _no_safetensors(path: Path, size: int) -> Iterator[str]:
         yield f"{path.name} has {size:,} bytes where its header tells of {wanted:,}: is its download complete?"
 
 
-def _not_a_model(folder: Path) -> Iterator[str]:
+def _not_a_model(folder: Path, who: str) -> Iterator[str]:
     """What the folder is instead of a model's, with the folder to name."""
     if (folder / "adapter_config.json").is_file():
         yield (
@@ -137,7 +137,7 @@ def _not_a_model(folder: Path) -> Iterator[str]:
     config = _read(folder / "config.json")
     model_type = config.get("model_type")
     if model_type is None:
-        yield from _models_within(folder)
+        yield from _models_within(folder, who)
         if "auto_map" not in config:
             foreign = _foreign(folder)
             if foreign:
@@ -161,7 +161,7 @@ def _not_a_model(folder: Path) -> Iterator[str]:
         )
 
 
-def _models_within(folder: Path) -> Iterator[str]:
+def _models_within(folder: Path, who: str) -> Iterator[str]:
     """Checkpoints of a Trainer, the Transformer of an older sentence-transformers folder, a snapshot of the hub."""
     found = [
         path.parent
@@ -173,12 +173,12 @@ def _models_within(folder: Path) -> Iterator[str]:
         return
     steps = {path: int(number) for path in found if (number := path.name.removeprefix("checkpoint-")).isdecimal()}
     if steps:
-        yield f"it holds checkpoints, and no model beside them: name one, --teacher {max(steps, key=steps.__getitem__)}"
+        yield f"it holds checkpoints, and no model beside them: name one, --{who} {max(steps, key=steps.__getitem__)}"
     elif (folder / "modules.json").is_file():
-        yield f"it is a sentence-transformers folder: name its Transformer, --teacher {found[0]}"
+        yield f"it is a sentence-transformers folder: name its Transformer, --{who} {found[0]}"
     else:
         others = f" (or {', '.join(str(path) for path in found[1:])})" if found[1:] else ""
-        yield f"the model is in a folder below it: --teacher {found[0]}{others}"
+        yield f"the model is in a folder below it: --{who} {found[0]}{others}"
 
 
 def _incomplete(folder: Path) -> Iterator[str]:

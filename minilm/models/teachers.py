@@ -155,7 +155,7 @@ def loading(who: str, name: str, part: str = "") -> Iterator[None]:
     except Exception as error:
         of_part = f"its {part}: " if part else ""
         here = "" if os.path.exists(name) else ", which is no folder here, from the hub"
-        raise UsageError(f"cannot load the {who} {name!r}{here}: {of_part}{explain(name, error, part)}") from error
+        raise UsageError(f"cannot load the {who} {name!r}{here}: {of_part}{explain(name, error, part, who)}") from error
 
 
 class _NoHeadError(UsageError):
