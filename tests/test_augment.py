@@ -124,6 +124,11 @@ def test_vectors_that_cannot_be_read_are_told_with_their_row(tmp_path: Path) -> 
     path.write_text("a 1 2 3\nb 1 2 x\n")
     with pytest.raises(ValueError, match="at row 2: could not convert"):
         read_vectors(path)
+    path.write_text("a 1 2\nb 1 2 3\n")
+    with pytest.raises(ValueError, match="at row 2: it holds 3 numbers behind a word, the first row 2"):
+        read_vectors(path)
+    path.write_text("2 3\na 1 2 3\n. . 1 2 3\n")  # as fastText begins; GloVe has words with blanks
+    assert read_vectors(path)[0] == ["a", ". ."]
     path.write_text("")
     with pytest.raises(ValueError, match="holds no vectors"):
         read_vectors(path)

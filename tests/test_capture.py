@@ -1,7 +1,9 @@
 """Capture against forward hooks on the models' own projections, and every trap of switching a model's attention."""
 
 import copy
+import gc
 import threading
+import weakref
 from functools import partial
 from typing import Any
 
@@ -719,3 +721,17 @@ def test_a_compiled_model_runs_compiled() -> None:
 def test_parallel_wrappers_are_refused_with_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"got DataParallel: wrap a module in DataParallel whose forward captures"):
         attention_qkv(nn.DataParallel(tiny_model("bert")), {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("needs", [Needs(hidden=(0, 2)), Needs(qkv=(1,), hidden=(2,)), Needs(qkv=(3,), hidden=(2,))])
+def test_what_was_observed_is_freed_with_its_last_reference(needs: Needs) -> None:
+    model = tiny_model("bert")
+    gc.collect()
+    gc.disable()
+    try:
+        observed = observe(model, tiny_inputs(model), needs)
+        alive = [weakref.ref(hidden) for hidden in observed.hidden.values()]
+        del observed
+        assert [reference for reference in alive if reference() is not None] == []
+    finally:
+        gc.enable()

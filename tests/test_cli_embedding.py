@@ -71,6 +71,8 @@ def test_a_narrower_student_gets_a_dense_layer_and_goes_on_bitwise(
     command: CommandLine, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_sentence_files(teacher, "cls")
+    length = '{"max_seq_length": 60, "do_lower_case": false}'
+    Path(teacher, "sentence_roberta_config.json").write_text(length)
     flags = ["--student_hidden_size", "16", "--embedding_weight", "0.5", "--student_embedding_dim", "24"]
     heads: list[dict[str, torch.Tensor]] = []
     similarities = Agreement.similarities
@@ -96,6 +98,13 @@ def test_a_narrower_student_gets_a_dense_layer_and_goes_on_bitwise(
         Path("out/2_Dense/model.safetensors").read_bytes()
         != Path("out/checkpoint-2/2_Dense/model.safetensors").read_bytes()
     )
+    assert Path("out/sentence_roberta_config.json").read_text() == length
+    assert not Path("out/sentence_bert_config.json").exists()  # which would be read first
+    more = ["--objective", "embedding", "--student_embedding_dim", "24", "--learning_rate", "1e-12", "--seed", "7"]
+    again = ["--teacher", teacher, "--data", "texts.txt", "--student", "out", "--output_dir", "more", *RUN[2:], *more]
+    assert command(*again)[0] == 0
+    first, second = (load_file(f"{folder}/2_Dense/model.safetensors")["linear.weight"] for folder in ("out", "more"))
+    torch.testing.assert_close(second, first)
     vectors = encoded("out")
     assert vectors.shape == (5, 24)
     assert (own_vectors("out") - vectors).abs().max() < 1e-6
@@ -122,7 +131,9 @@ def test_flags_that_mean_nothing_are_refused(command: CommandLine, teacher: str,
     assert "--relations qk means nothing to --objective embedding" in told(
         "--objective", "embedding", "--relations", "qk"
     )
-    assert "at least one term, it has 0" in told("--objective", "embedding", "--embedding_weight", "0")
+    alone = ["--objective", "embedding", "--embedding_weight", "0"]
+    assert "at least one term, it has 0" in told(*alone)
+    assert "has no output loss without --output_weight" in told("--output_temperature", "3")
     assert "--student_embedding_dim is 0: it must be at least 1" in told("--student_embedding_dim", "0")
 
 

@@ -74,8 +74,8 @@ def test_the_words_of_a_wordpiece_tokenizer_are_masked_whole() -> None:
 
 
 def test_a_word_ends_where_a_text_ends() -> None:
-    """Byte-level BPE marks the words that follow a space; the first of a text follows none."""
-    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", "<mask>", "\u0120a", "b", "c"])}
+    """Byte-level BPE marks the words that follow a space; the first of a text follows none. GPT-2's has a "##" too."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", "<mask>", "\u0120a", "b", "c", "##"])}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), bos_token="<s>", eos_token="</s>", mask_token="<mask>"
     )

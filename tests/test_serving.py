@@ -68,6 +68,7 @@ def test_without_texts_enough_the_report_says_so(command: CommandLine, teacher: 
         ["--student_hidden_size", "16"],
         ["--student_init", "slice", "--student_intermediate_size", "64"],
         ["--teacher_layer", "2"],
+        ["--layer_map", "1:4,2:1"],
     ],
 )
 def test_with_anything_else_there_it_needs_fine_tuning(distil: Distil, flags: list[str]) -> None:

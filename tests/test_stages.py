@@ -171,3 +171,28 @@ def test_a_dry_run_takes_three_steps_and_leaves_nothing(
     assert pace
     seconds = float(pace[2]) * {"seconds": 1, "minutes": 60, "hours": 3600}[pace[3]]
     assert seconds == pytest.approx(1000 * float(pace[1]), rel=0.1, abs=31)
+
+
+def test_a_map_of_layers_is_of_one_teacher(command: CommandLine, teacher: str, data: str) -> None:
+    flags = [*CHAIN, "--layer_map", "1:2,2:4"]
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *flags)
+    assert code == 2
+    assert "--layer_map 1:2,2:4 names layers of one teacher, and an assistant is another" in err
+
+
+def test_the_demonstrations_teacher_is_no_classifier(command: CommandLine) -> None:
+    code, _, err = command("--objective", "tinybert-task", "--use_cpu")
+    assert code == 2
+    assert "no trained head" in err
+    assert err.count("\n") == 1
+
+
+def test_a_first_run_that_an_earlier_version_has_finished_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = stages(parse(asked()))[0]
+    Path("out/assistant").mkdir(parents=True)
+    saved = {"arguments": {"objective": first.objective.objective}}  # before the other flags were there
+    Path("out/assistant/metrics.json").write_text(json.dumps(saved))
+    assert len(stages(parse(asked("--resume_from_checkpoint", "auto")))) == 1

@@ -12,7 +12,7 @@ from minilm import MiniLMLoss
 from minilm.models.probes import is_causal
 from minilm.objectives import parsing
 from minilm.objectives.relations import Relations
-from minilm.objectives.systems import SYSTEMS
+from minilm.objectives.systems import SYSTEMS, with_soft_labels
 from minilm.objectives.term import Objective
 
 
@@ -60,6 +60,11 @@ def test_what_is_asked_for_comes_before_the_objectives_own() -> None:
     )
     assert (criterion.relations, criterion.relation_heads) == ({"qv": 2.0}, 8)
     assert (criterion.temperature, criterion.causal) == (2.0, False)
+
+
+def test_soft_labels_may_be_all_that_is_learnt() -> None:
+    teacher = tiny_model("bert", "ForMaskedLM")
+    assert with_soft_labels([], teacher, 2.0).parts == {"output": 2.0}
 
 
 def test_what_does_not_fit_is_an_error_before_training() -> None:

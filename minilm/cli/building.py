@@ -4,13 +4,14 @@ import dataclasses
 import inspect
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.cli.arguments import Arguments, own_arguments
 from minilm.cli.flags import ModelArguments, ObjectiveArguments
 from minilm.errors import UsageError
 from minilm.models.continued import load_student, with_same_head
-from minilm.models.embeddings import SentenceFiles
+from minilm.models.embeddings import SentenceFiles, sentence_files
 from minilm.models.heads import check_output
 from minilm.models.probes import check_no_films, probe_inputs
 from minilm.models.students import build_student
@@ -71,10 +72,11 @@ def student_and_objective(
             check_output(with_head, probe_inputs(with_head))
     teacher.to(training.device)  # type: ignore[arg-type]
     student.to(training.device)  # type: ignore[arg-type]
-    terms = SYSTEMS[objective.objective].terms(teacher, student, **options)
-    terms += _embedding(arguments, teacher, student, sentences)
-    whole = with_soft_labels(terms, student, objective.output_weight, objective.output_temperature)
-    whole.to(training.device).probe(teacher, student)
+    with torch.no_grad():  # a graph would keep the parameters as they are now
+        terms = SYSTEMS[objective.objective].terms(teacher, student, **options)
+        terms += _embedding(arguments, teacher, student, sentences)
+        whole = with_soft_labels(terms, student, objective.output_weight, objective.output_temperature)
+        whole.to(training.device).probe(teacher, student)
     return student, whole
 
 
@@ -101,6 +103,7 @@ def _embedding(
             student_embedding_dim=arguments.model.student_embedding_dim,
             loss=objective.embedding_loss,
             weight=weight,
+            own_files=sentence_files(arguments.model.student) if arguments.model.student else None,
         )
     ]
 
@@ -132,6 +135,11 @@ def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict
     flags = {field.name: field.default for field in fields}
     given = {name: getattr(objective, name) for name in flags} | {"teacher_layer": model.teacher_layer}
     flags |= {"teacher_layer": -1} | own_defaults(objective.objective)
+    if objective.output_temperature != 1 and not objective.output_weight and "output_temperature" not in takes:
+        raise UsageError(
+            f"--output_temperature {objective.output_temperature:g} is given, and --objective {objective.objective} "
+            "has no output loss without --output_weight: give it a weight, or leave it out"
+        )
     options = {}
     for name, value in given.items():
         if value == flags[name]:

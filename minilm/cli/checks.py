@@ -68,7 +68,7 @@ def find_missing(given: Any) -> str | None:
         return "--output_dir is missing: the folder for the student, its checkpoints and the report"
     sizes = [f"student_{size}" for size in ("num_layers", "hidden_size", "num_heads", "intermediate_size")]
     sized = [f"--{name} {value}" for name in sizes if (value := getattr(given, name)) is not None]
-    if given.student is None and not sized:
+    if given.student is None and given.student_vocabulary is None and not sized:
         return "the student's size is missing: --student_num_layers, --student_hidden_size or both"
     sized += [f"--student_init {given.student_init}"] if given.student_init != "auto" else []
     if given.student is not None and sized:

@@ -158,8 +158,7 @@ def _try_next(arguments: Arguments, before: Arguments, student: PreTrainedModel)
     goes_on = arguments.model.teacher == before.model.teacher
     teacher = student
     if goes_on:
-        assert arguments.model.teacher is not None
-        teacher = read_teacher(arguments.model.teacher, head=needs_head(arguments)).model
+        teacher = read_teacher(arguments.model.teacher or str(teacher_folder()), head=needs_head(arguments)).model
     with tried("cannot build the student"):
         _, objective = student_and_objective(arguments, teacher, before=student if goes_on else None)
     if arguments.data.packing:

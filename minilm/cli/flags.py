@@ -168,7 +168,7 @@ class ObjectiveArguments:
         ),
     )
     intermediate_steps: int | None = field(
-        default=None, metadata=_about("Steps of the first run of tinybert-task (default: as the second).", "N")
+        default=None, metadata=_about("Steps of the first of two runs (default: as the second).", "N")
     )
     relation_heads: int | None = field(
         default=None,

@@ -246,8 +246,9 @@ def _what_it_is_for(metrics: Metrics) -> str:
         )
     if metrics["learns_hidden"]:
         return "Its hidden states were trained, and no head: fine-tune the student on a task before use."
+    layer = "highest layer's that learns, its" if metrics.get("layer_map") else "last layer's"
     return (
-        "The relations end at the last layer's queries, keys and values. What lies above them is untrained: fine-tune "
+        f"The relations end at the {layer} queries, keys and values. What lies above them is untrained: fine-tune "
         "the student on a task before use. One with the teacher's width, from its layers and with the relations of its "
         "last layer, serves at once."
     )

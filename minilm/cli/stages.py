@@ -15,7 +15,7 @@ from minilm.training.runs import METRICS, OccupiedError, check_equal, starting_p
 
 ASSISTANT = "assistant"  # the folder of the first run, in the output folder
 NO_ASSISTANT = {"assistant_num_layers": None, "assistant_hidden_size": None}
-NO_SIZES = {
+NO_SIZES: dict[str, Any] = {
     "student_num_layers": None,
     "student_hidden_size": None,
     "student_num_heads": None,
@@ -50,6 +50,11 @@ def stages(arguments: Arguments) -> list[Arguments]:
 
 def _assistant_and_student(arguments: Arguments) -> tuple[Arguments, Arguments]:
     model = arguments.model
+    if arguments.objective.layer_map is not None:
+        raise UsageError(
+            f"--layer_map {arguments.objective.layer_map} names layers of one teacher, and an assistant is another: "
+            "leave it out, or train the assistant in a run of its own"
+        )
     sizes = NO_SIZES | {
         "student_num_layers": model.assistant_num_layers,
         "student_hidden_size": model.assistant_hidden_size,
@@ -74,16 +79,21 @@ def _stage_and_task(arguments: Arguments, stage: Stage) -> tuple[Arguments, Argu
     systems = [SYSTEMS[name].terms for name in (stage.system, arguments.objective.objective)]
     of_first, of_second = (inspect.signature(terms).parameters.keys() for terms in systems)
     defaults = {field.name: field.default for field in dataclasses.fields(ObjectiveArguments)}
-    not_its_own = {name: value for name, value in defaults.items() if name in of_first - of_second}
+    first_alone, second_alone = (
+        {name: value for name, value in defaults.items() if name in names}
+        for names in (of_first - of_second, of_second - of_first)
+    )
     length = {} if steps is None else {"max_steps": steps}
+    of_any = {} if arguments.training.metric_for_best_model is None else {"metric_for_best_model": "loss"}
     first = _run(
         arguments,
-        {"output_dir": str(folder), "push_to_hub": False, **length},
+        {"output_dir": str(folder), "push_to_hub": False, **length, **of_any},
         {},
-        {"objective": stage.system, "intermediate_steps": None},
+        second_alone | {"objective": stage.system, "intermediate_steps": None},
     )
     model = NO_SIZES | {"student": str(folder), "student_init": "auto"}
-    return first, _run(arguments, {}, model, not_its_own | {"intermediate_steps": None})
+    model["student_embedding_dim"] = arguments.model.student_embedding_dim
+    return first, _run(arguments, {}, model, first_alone | {"intermediate_steps": None})
 
 
 def _chain(first: Arguments, second: Arguments, asked: Arguments) -> list[Arguments]:
@@ -113,7 +123,8 @@ def _check_finished(folder: Path, arguments: Arguments, resume: str | None) -> N
         )
     saved = json.loads((folder / METRICS).read_text(encoding="utf-8"))["arguments"]
     wanted = own_arguments(arguments)
-    check_equal(folder, {name: saved.get(name, "not set") for name in wanted}, wanted)
+    known = [name for name in wanted if name in saved]  # an earlier version had fewer flags
+    check_equal(folder, {name: saved[name] for name in known}, {name: wanted[name] for name in known})
 
 
 def _called(folder: Path) -> str:

@@ -44,16 +44,22 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
 
     Raises:
         ValueError: a line with another count of numbers than the first, or none at all; no line.
+
+    A first line that counts words and numbers, as word2vec and fastText have it, is passed over.
     """
     words: list[str] = []
     rows: list[np.ndarray] = []
     with faults_at(lambda: f"{str(path)!r} at row {len(rows) + 1}"):
         width = 0
         for line in lines_of(path):
-            width = width or len(line.split()) - 1
+            fields = line.split()
+            if not width and len(fields) == 2 and all(field.isdecimal() for field in fields):
+                continue
+            width = width or len(fields) - 1
             word, *numbers = line.rstrip().rsplit(" ", width)
-            if len(numbers) != width or not width:
-                raise UsageError(f"it holds {len(numbers)} numbers behind a word, the first row {width}")
+            more = " " in word and _is_number(word.rpartition(" ")[2])
+            if len(numbers) != width or not width or more:
+                raise UsageError(f"it holds {len(fields) - 1} numbers behind a word, the first row {width}")
             rows.append(np.array(numbers, dtype=np.float32))
             words.append(word)
     if not rows:
@@ -70,3 +76,11 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
         if len(fields) != len(header):
             raise UsageError(f"it has {len(fields)} fields, the header {len(header)}")
         yield dict(zip(header, fields, strict=True))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -143,3 +143,4 @@ def _hidden_states(model: PreTrainedModel, layers: Sequence[int], *, stop: bool)
             if stopped is not reached:
                 raise
             end_frames(stopped)
+            stopped.__traceback__ = None  # it leads back here, and would keep what was found until a garbage collection

@@ -6,6 +6,7 @@ B batch, N tokens, d hidden size, S sequences, E numbers in a vector.
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,13 @@ def write_head(
                 {f"linear.{key}": x.detach().cpu().contiguous() for key, x in own.items()},
                 folder / place / "model.safetensors",
             )
+    beside = {name: path for name, path in (teacher.files if teacher else {}).items() if "/" not in name}
+    has_length = any(fnmatch(name, "sentence_*_config.json") for name in beside)  # under the name of any class
     for name, content in _BESIDE.items():
-        _write_json(folder / name, content)
-    for name, path in (teacher.files if teacher else {}).items():
-        if "/" not in name:
-            shutil.copyfile(path, folder / name)
+        if not (has_length and fnmatch(name, "sentence_*_config.json")):
+            _write_json(folder / name, content)
+    for name, path in beside.items():
+        shutil.copyfile(path, folder / name)
     _write_json(folder / MODULES, listed)
 
 

@@ -100,6 +100,9 @@ class Substitutes:
                 place = Place(of_word[0], of_word[-1] + 1, [])  # without blanks and signs that the tokenizer adds
                 places[-1].append(place)
                 word = text[place.start : place.end]
+                tokens = [
+                    token for token in tokens if offsets[token][0] < place.end and offsets[token][1] > place.start
+                ]
                 if len(tokens) == 1:
                     masked.append(_Masked(ids, tokens[0], word, place.words))
                 else:

@@ -113,6 +113,7 @@ def sentence_embedding(
     student_embedding_dim: int | None = None,
     loss: EmbeddingLoss = "cosine",
     weight: float = 1.0,
+    own_files: SentenceFiles | None = None,
 ) -> SentenceEmbedding:
     """The term for two models.
 
@@ -125,6 +126,7 @@ def sentence_embedding(
         pooling: of both, instead of that in the files, and of the mean without files.
         student_embedding_dim: the numbers in the student's vectors instead: with its own width no dense layer is saved.
             Where the teacher's have another number, a projection to them is learnt.
+        own_files: the student's own, where it goes on from a folder: its dense layer does too, if it has the sizes.
 
     Raises:
         ValueError: models that do not read text; modules of the teacher that are not known here, or do not fit.
@@ -138,8 +140,11 @@ def sentence_embedding(
     ends = [module for module in list(teacher_head.further)[-1:] if isinstance(module, Normalize)]
     own, pooled = None, width * len(names)
     vector = student_embedding_dim or target
-    if student_embedding_dim is not None or width != hidden:
+    if vector != target or width != hidden:
         own = SentenceHead(names, [*([] if vector == pooled else [_orthogonal(pooled, vector)]), *ends])
+        saved = read_head(own_files) if own_files else None
+        if saved and saved.pooling == own.pooling and _sizes(saved) == _sizes(own):
+            own.load_state_dict(saved.state_dict())
     projection = None if vector == target else nn.Sequential(_orthogonal(vector, target, bias=False), *ends)
     return SentenceEmbedding(
         teacher_head,
@@ -151,6 +156,10 @@ def sentence_embedding(
         files=files,
         causal=is_causal(teacher),
     )
+
+
+def _sizes(head: SentenceHead) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in head.state_dict().items()}
 
 
 def embedding_of(objective: Objective) -> SentenceEmbedding | None:

@@ -55,14 +55,16 @@ class Masking:
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The batch with masked `input_ids` and `labels` (B, N), which are -100 where nothing was chosen."""
         ids, present = batch["input_ids"], token_mask(batch)
-        special = self._special.to(ids.device)[ids]
+        self._special = self._special.to(ids.device)  # where it stays: a copy in each step would wait
+        special = self._special[ids]
         place = torch.arange(ids.shape[1], device=ids.device)
         token = torch.ones_like(special) if present is None else present.bool()
         key = _mix((_mix(ids + (place << 32)) * token).sum(1, keepdim=True) + _mix(place.new_tensor(self._salt(step))))
         unit = place.expand_as(ids)
         if self._begins is not None:
             after_special = torch.nn.functional.pad(special[:, :-1], (1, 0))
-            unit = (self._begins.to(ids.device)[ids] | after_special).cumsum(1)
+            self._begins = self._begins.to(ids.device)
+            unit = (self._begins[ids] | after_special).cumsum(1)
         chosen = (_uniform(key, unit, 1) < self.probability) & token & ~special
         what = _uniform(key, place, 2)
         other = (_uniform(key, place, 3) * len(self._special)).long()
@@ -80,9 +82,9 @@ class Masking:
 def _word_begins(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """(V,) bool: which tokens begin a word, as their spelling says."""
     tokens = cast(list[str], tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
-    if any(token.startswith(CONTINUES) for token in tokens):
-        return torch.tensor([not token.startswith(CONTINUES) for token in tokens])
-    begins = [token.startswith(BEGINS) for token in tokens]
+    continues, begins = ([token.startswith(mark) for token in tokens] for mark in (CONTINUES, BEGINS))
+    if sum(continues) > sum(begins):  # BPE may have a token "##" too
+        return ~torch.tensor(continues)
     if not any(begins):
         raise UsageError(
             f"the tokens of the {type(tokenizer).__name__} do not tell where words begin: leave out "
@@ -92,8 +94,8 @@ def _word_begins(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def _uniform(key: Tensor, place: Tensor, draw: int) -> Tensor:
-    """(B, N) float64 in [0, 1), by row and place."""
-    return ((_mix(key + _mix(place * 4 + draw)) >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+    """(B, N) float32 in [0, 1), by row and place: 24 bits, which it holds."""
+    return ((_mix(key + _mix(place * 4 + draw)) >> 40) & ((1 << 24) - 1)).float() / (1 << 24)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -273,15 +273,15 @@ def with_soft_labels(
     terms that have an output loss already.
     """
     check_temperature(temperature)
-    objective = Objective(terms)
+    terms = list(terms)
     if not weight:
-        return objective
-    if own := objective.parts.get("output"):
+        return Objective(terms)
+    if own := next((term.parts["output"] for term in terms if "output" in term.parts), None):
         raise UsageError(
             f"output_weight is {weight:g}, and the objective has an output loss of weight {own:g} already: leave it out"
         )
     unit: Unit = "tokens" if has_vocabulary_head(student) else "examples"
-    return Objective([*objective, SoftLabels(unit, weight, temperature)])
+    return Objective([*terms, SoftLabels(unit, weight, temperature)])
 
 
 def _check_equal(
