@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,24 @@ def weights(folder: str) -> dict[str, Tensor]:
     return load_file(Path(folder, "model.safetensors"))
 
 
-def run_whole_and_in_two(command: CommandLine, monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> str:
-    """Into the folders "whole" and "two", which must come to the same bits; returns what the first one says."""
-    code, out, err = command(*argv, "--output_dir", "whole")
-    assert (code, err) == (0, ""), err
+@contextmanager
+def each_trainer_with(callback: type[TrainerCallback], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While entered, every new trainer has one of these."""
     initialise = DistillationTrainer.__init__
     with monkeypatch.context() as patch:
         patch.setattr(
             DistillationTrainer,
             "__init__",
-            lambda self, **options: (initialise(self, **options), self.add_callback(Stop()))[0],
+            lambda self, **options: (initialise(self, **options), self.add_callback(callback()))[0],
         )
+        yield
+
+
+def run_whole_and_in_two(command: CommandLine, monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> str:
+    """Into the folders "whole" and "two", which must come to the same bits; returns what the first one says."""
+    code, out, err = command(*argv, "--output_dir", "whole")
+    assert (code, err) == (0, ""), err
+    with each_trainer_with(Stop, monkeypatch):
         assert command(*argv, "--output_dir", "two")[0] == 128 + signal.SIGTERM
     code, _, err = command(*argv, "--output_dir", "two", "--resume_from_checkpoint", "auto")
     assert (code, err) == (0, ""), err

@@ -350,7 +350,7 @@ def test_the_module_is_light_and_missing_packages_are_one_line(tmp_path: Path) -
         "import minilm.cli\n"
         "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "found = util.find_spec\n"
-        "minilm.cli.train.find_spec = lambda name: None if name == 'datasets' else found(name)\n"
+        "minilm.cli.terminal.find_spec = lambda name: None if name == 'datasets' else found(name)\n"
         "sys.exit(minilm.cli.main([]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CommandLine
 from PIL import Image
+from resuming import each_trainer_with
 from tiny_models import tiny_inputs, tiny_model
 from tiny_text import save_teacher, tiny_tokenizer, write_lines
 from transformers import (
@@ -20,8 +21,6 @@ from transformers import (
     TrainerCallback,
     ViTImageProcessor,
 )
-
-from minilm.training.trainer import DistillationTrainer
 
 STEPS = [
     *("--student_num_layers", "2", "--max_steps", "6", "--per_device_train_batch_size", "4", "--logging_steps", "2"),
@@ -85,13 +84,7 @@ def test_it_trains_stops_goes_on_and_loads(
     data = images(tmp_path / "images") if kind == "vision" else write_lines(tmp_path / "lines.txt", 60)
     argv = ["--teacher", str(teacher), "--data", str(data), "--output_dir", "out", *STEPS, *flags]
 
-    initialise = DistillationTrainer.__init__
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            DistillationTrainer,
-            "__init__",
-            lambda self, **options: (initialise(self, **options), self.add_callback(Stop()))[0],
-        )
+    with each_trainer_with(Stop, monkeypatch):
         code, _, err = command(*argv)
     assert (code, err.count("\n")) == (128 + signal.SIGTERM, 1)
     assert "stopped by SIGTERM after a checkpoint was saved; --resume_from_checkpoint auto continues" in err

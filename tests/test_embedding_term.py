@@ -1,9 +1,6 @@
 """The sentence embedding as a term: against the formula in float64, on padded and packed batches, and on ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel
+from two_ranks import whole_halves_and_ranks
 
 from minilm.models.batches import as_packed
 from minilm.models.observe import Observed
@@ -187,20 +185,15 @@ def test_of_images_there_are_no_sentences() -> None:
 
 
 def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path) -> None:
-    script = [str(Path(__file__).parent / "embedding_step.py"), str(tmp_path / "ranks"), "2", "3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, *script], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for name, batch, accumulation in (("whole", 12, 1), ("halves", 6, 2)):
-        one_step(tmp_path / name, batch, accumulation)
+    folders = whole_halves_and_ranks("embedding_step.py", tmp_path, one_step)
     states = []
-    for name in ("whole", "halves", "ranks"):
-        folder = tmp_path / name
+    for folder in folders:
         term = torch.load(folder / "checkpoint-1" / OBJECTIVE)
         assert torch.equal(
             load_file(folder / "2_Dense" / "model.safetensors")["linear.weight"], term["0.own_head.further.0.weight"]
         )
         states.append(AutoModel.from_pretrained(folder).state_dict() | term)
-    logged = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("whole", "halves", "ranks")]
+    logged = [json.loads((folder / "log.json").read_text()) for folder in folders]
     for other, log in zip(states[1:], logged[1:], strict=True):
         assert_close(other, states[0], rtol=1e-5, atol=1e-6)
         assert log == pytest.approx(logged[0], rel=1e-5)

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from tiny_text import save_teacher, tiny_tokenizer, write_lines
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForMaskedLM, DataCollatorWithPadding, PreTrainedModel
+from two_ranks import whole_halves_and_ranks
 
 from minilm.data.packing import PackingCollator, pack
 from minilm.models.batches import Batch, model_inputs
@@ -195,13 +193,9 @@ def test_the_cosine_of_nan_behind_the_mask_and_of_no_token() -> None:
 
 
 def test_one_micro_batch_several_and_two_ranks_take_the_same_steps(tmp_path: Path) -> None:
-    script = [str(Path(__file__).parent / "masked_step.py"), str(tmp_path / "ranks"), "2", "3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, *script], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for name, rows, accumulation in (("whole", 12, 1), ("halves", 6, 2)):
-        two_steps(tmp_path / name, rows, accumulation)
+    runs = whole_halves_and_ranks("masked_step.py", tmp_path, two_steps)
     for system in OPTIONS:
-        folders = [tmp_path / name / system for name in ("whole", "halves", "ranks")]
+        folders = [folder / system for folder in runs]
         first, *others = [AutoModelForMaskedLM.from_pretrained(folder).state_dict() for folder in folders]
         logged = [json.loads((folder / "log.json").read_text()) for folder in folders]
         assert len(logged[0]["loss"]) == 2

@@ -1,9 +1,6 @@
 """Terms and objectives: a term of one's own, with a parameter, does all that the shipped ones do; what is observed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from test_trainer import StopAt, assert_close, weights
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor
 from transformers import AutoModel, Trainer, TrainerState
+from two_ranks import whole_halves_and_ranks
 
 from minilm import MiniLMLoss, attention_qkv, fused_minilm_loss
 from minilm.models.observe import Needs, observe
@@ -94,12 +92,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
 
 def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path) -> None:
     """The ranks then resume from their own checkpoint: bitwise what they were."""
-    script = [str(Path(__file__).parent / "own_term.py"), str(tmp_path / "ranks"), "2", "3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, *script], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for name, batch, accumulation in (("whole", 12, 1), ("halves", 6, 2)):
-        one_step(tmp_path / name, batch, accumulation)
-    folders = [tmp_path / name for name in ("whole", "halves", "ranks")]
+    folders = whole_halves_and_ranks("own_term.py", tmp_path, one_step)
     first, *others = [
         AutoModel.from_pretrained(folder).state_dict() | torch.load(folder / "checkpoint-1" / OBJECTIVE)
         for folder in folders

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from conftest import CommandLine
 from one_step import sequences, trainer
-from resuming import STEPS, run_whole_and_in_two, weights
+from resuming import STEPS, each_trainer_with, run_whole_and_in_two, weights
 from test_cli_kinds import with_head
 from test_trainer import assert_close
 from tiny_models import tiny_model
@@ -20,6 +18,7 @@ from tiny_text import save_teacher, write_lines
 from tinybert_step import one_step
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
+from two_ranks import whole_halves_and_ranks
 
 from minilm.cli.arguments import parse
 from minilm.cli.building import system_options
@@ -87,12 +86,7 @@ def test_all_of_the_student_is_trained_but_its_pooler(tmp_path: Path) -> None:
 
 
 def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path) -> None:
-    script = [str(Path(__file__).parent / "tinybert_step.py"), str(tmp_path / "ranks"), "2", "3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, *script], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for name, batch, accumulation in (("whole", 12, 1), ("halves", 6, 2)):
-        one_step(tmp_path / name, batch, accumulation)
-    folders = [tmp_path / name for name in ("whole", "halves", "ranks")]
+    folders = whole_halves_and_ranks("tinybert_step.py", tmp_path, one_step)
     first, *others = [
         AutoModel.from_pretrained(folder).state_dict() | torch.load(folder / "checkpoint-1" / OBJECTIVE)
         for folder in folders
@@ -164,13 +158,7 @@ def test_a_task_is_two_runs_that_go_on_wherever_they_stopped(
     assert not torch.equal(general[key], middle[key])
     assert not torch.equal(middle[key], last[f"bert.{key}"])
 
-    initialise = DistillationTrainer.__init__
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            DistillationTrainer,
-            "__init__",
-            lambda self, **options: (initialise(self, **options), self.add_callback(StopInTheSecondRun()))[0],
-        )
+    with each_trainer_with(StopInTheSecondRun, monkeypatch):
         assert command(*argv, "--output_dir", "third")[0] == 128 + signal.SIGTERM
     code, _, err = command(*argv, "--output_dir", "third")
     assert code == 1

@@ -5,7 +5,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -13,6 +13,7 @@ from minilm.cli import recipes
 from minilm.cli.checks import MODES, find_data_flag, find_meaningless, find_missing
 from minilm.cli.demo import OUTPUT_DIR
 from minilm.cli.flags import DataArguments, ModelArguments, ObjectiveArguments, RunArguments, TrainerArguments
+from minilm.cli.terminal import OneLineErrors
 from minilm.errors import reason
 from minilm.objectives.systems import own_defaults
 
@@ -126,10 +127,8 @@ def _unknown(unknown: list[str], parser: HfArgumentParser) -> str:
     return f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else "")
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line; argparse would print the usage of all flags first."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+class _Parser(OneLineErrors, HfArgumentParser):
+    """`HfArgumentParser` with errors of one line."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):

@@ -6,15 +6,14 @@ import json
 import os
 import random
 import signal
-import sys
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from minilm.cli.terminal import patient_streams
+from minilm.cli.terminal import OneLineErrors, fail, not_installed, patient_streams
 from minilm.errors import UsageError
 
+PROGRAM = "minilm-augment"
 NEEDED = ("transformers", "datasets")
 DESCRIPTION = """\
 Writes each record of task data and some copies of it, in which words are replaced: a word that is one token of the
@@ -30,18 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with patient_streams():
         arguments = _parse(argv)
-        if missing := [name for name in NEEDED if find_spec(name) is None]:
-            return _fail(f"{', '.join(missing)} not installed: pip install 'fused-minilm[train]'", 1)
+        if missing := not_installed(NEEDED):
+            return fail(PROGRAM, missing, 1)
         from minilm.data.reading import DataError
 
         try:
             print(_augment(arguments))
         except KeyboardInterrupt:
-            return _fail(f"interrupted; nothing was written to {arguments.output}", 128 + signal.SIGINT)
+            return fail(PROGRAM, f"interrupted; nothing was written to {arguments.output}", 128 + signal.SIGINT)
         except (OSError, DataError) as error:
-            return _fail(str(error), 1)
+            return fail(PROGRAM, str(error), 1)
         except UsageError as error:
-            return _fail(str(error), 2)
+            return fail(PROGRAM, str(error), 2)
     return 0
 
 
@@ -124,8 +123,8 @@ def _substitutes(arguments: argparse.Namespace) -> Any:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="minilm-augment",
+    parser = OneLineErrors(
+        prog=PROGRAM,
         description=DESCRIPTION,
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -165,14 +164,3 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and up to 1")
     return share
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line; argparse would print the usage of all flags first."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"minilm-augment: error: {' '.join(message.split())}", file=sys.stderr)
-    return code

@@ -64,12 +64,14 @@ def student_and_objective(
     model, objective, training = arguments.model, arguments.objective, arguments.training
     check_no_films(teacher)
     options = system_options(objective, model)
-    student = _student(arguments, teacher) if before is None else before
-    if before is not None and needs_head(arguments):
-        student = with_same_head(before, teacher)
-    if needs_head(arguments):
-        for with_head in (teacher, student):
-            check_output(with_head, probe_inputs(with_head))
+    with_head = needs_head(arguments)
+    if before is None:
+        student = _student(arguments, teacher)
+    else:
+        student = with_same_head(before, teacher) if with_head else before
+    if with_head:
+        for whole_model in (teacher, student):
+            check_output(whole_model, probe_inputs(whole_model))
     teacher.to(training.device)  # type: ignore[arg-type]
     student.to(training.device)  # type: ignore[arg-type]
     with torch.no_grad():  # a graph would keep the parameters as they are now
@@ -89,10 +91,12 @@ def _embedding(
     if weight is None:
         weight = SYSTEMS[objective.objective].embedding_weight
     if not weight:
-        defaults = {"student_embedding_dim": None, "pooling": "auto", "embedding_loss": "cosine"}
-        for name, value in own_arguments(arguments).items():
-            if value != defaults.get(name, value):
-                raise UsageError(f"--{name} {value} is given and --embedding_weight is {weight:g}: give it a weight")
+        own = own_arguments(arguments)
+        for name, default in (("student_embedding_dim", None), ("embedding_loss", "cosine"), ("pooling", "auto")):
+            if own[name] != default:
+                raise UsageError(
+                    f"--{name} {own[name]} is given and --embedding_weight is {weight:g}: give it a weight"
+                )
         return []
     return [
         sentence_embedding(

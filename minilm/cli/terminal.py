@@ -1,13 +1,35 @@
-"""The terminal and the shell around a run: streams that nobody reads, characters that they lack, SIGTERM."""
+"""The terminal and the shell around a run: errors of one line, streams that nobody reads, SIGTERM."""
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from types import FrameType
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
+
+
+class OneLineErrors(ArgumentParser):
+    """A parser whose errors are one line; argparse's own begin with the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2."""
+        self.exit(fail(self.prog, message, 2))
+
+
+def fail(program: str, message: str, code: int) -> int:
+    """Says in one line of stderr why the program ends, and returns its exit code."""
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def not_installed(packages: Iterable[str]) -> str | None:
+    """Which of them are missing, and what to do about it."""
+    missing = [name for name in packages if find_spec(name) is None]
+    return f"{', '.join(missing)} not installed: pip install 'fused-minilm[train]'" if missing else None
 
 
 class Terminated(BaseException):

@@ -1,13 +1,12 @@
 """`minilm-train`: distil a Transformer with one command; with no teacher and no data, the embedded demonstration."""
 
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 
-from minilm.cli.terminal import Terminated, patient_streams, sigterm_raises
+from minilm.cli.terminal import Terminated, fail, not_installed, patient_streams, sigterm_raises
 
+PROGRAM = "minilm-train"
 NEEDED = ("transformers", "datasets", "accelerate", "matplotlib")
 CONTINUE = "--resume_from_checkpoint auto continues from the last checkpoint"
 
@@ -24,15 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             with sigterm_raises():
                 return _run(argv)
         except KeyboardInterrupt:
-            return _fail(f"interrupted; {CONTINUE}, if there is one", 128 + signal.SIGINT)
+            return fail(PROGRAM, f"interrupted; {CONTINUE}, if there is one", 128 + signal.SIGINT)
         except Terminated:
-            return _fail(f"stopped by SIGTERM; {CONTINUE}, if there is one", 128 + signal.SIGTERM)
+            return fail(PROGRAM, f"stopped by SIGTERM; {CONTINUE}, if there is one", 128 + signal.SIGTERM)
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        return _fail(f"{', '.join(missing)} not installed: pip install 'fused-minilm[train]'", 1)
+    if missing := not_installed(NEEDED):
+        return fail(PROGRAM, missing, 1)
     # Here and not above: they take seconds, and the line before must work without them.
     from minilm.cli.arguments import parse
     from minilm.cli.distill import dry_run, prepare, train
@@ -60,7 +58,9 @@ def _run(argv: Sequence[str] | None) -> int:
                 print(overview(run.metrics), flush=True)
             report = train(run)
             if stopped := run.trainer.stopped_by:
-                return _fail(f"stopped by {stopped.name} after a checkpoint was saved; {CONTINUE}", 128 + stopped)
+                return fail(
+                    PROGRAM, f"stopped by {stopped.name} after a checkpoint was saved; {CONTINUE}", 128 + stopped
+                )
             if report:
                 print(f"\n{report}")
             if next_run:
@@ -68,9 +68,9 @@ def _run(argv: Sequence[str] | None) -> int:
                     run = prepare(next_run)
         run.trainer.end()
     except _RefusedError as error:
-        return _fail(str(error), error.code)
+        return fail(PROGRAM, str(error), error.code)
     except (CheckpointError, DataError, NonFiniteError) as error:
-        return _fail(str(error), 1)
+        return fail(PROGRAM, str(error), 1)
     return 0
 
 
@@ -94,8 +94,3 @@ def _refusals() -> Iterator[None]:
         raise _RefusedError(str(error), 1) from error
     except UsageError as error:
         raise _RefusedError(str(error), 2) from error
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"minilm-train: error: {' '.join(message.split())}", file=sys.stderr)
-    return code

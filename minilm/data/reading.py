@@ -183,7 +183,7 @@ def _csv_values(path: Path, column: str) -> Iterator[str | None]:
             raise UsageError(f"it has {len(record)} fields, the header {len(header)}")
         value = record[place] if place < len(record) else None
         if value and not others:
-            numbers, others = numbers + 1, not _is_number(value)
+            numbers, others = numbers + 1, not is_number(value)
             if numbers == ROWS_AT_ONCE and not others:
                 raise DataError(f"the column {column!r} of {str(path)!r} holds numbers like {value!r}, not text")
         yield value
@@ -191,7 +191,8 @@ def _csv_values(path: Path, column: str) -> Iterator[str | None]:
         raise DataError(f"the column {column!r} of {str(path)!r} holds nothing but numbers, not text")
 
 
-def _is_number(value: str) -> bool:
+def is_number(value: str) -> bool:
+    """Whether a text is one."""
     try:
         float(value)
     except ValueError:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilm.data.reading import DataError, faults_at, kind_of, lines_of
+from minilm.data.reading import DataError, faults_at, is_number, kind_of, lines_of
 from minilm.errors import UsageError
 
 
@@ -57,7 +57,7 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
                 continue
             width = width or len(fields) - 1
             word, *numbers = line.rstrip().rsplit(" ", width)
-            more = " " in word and _is_number(word.rpartition(" ")[2])
+            more = " " in word and is_number(word.rpartition(" ")[2])
             if len(numbers) != width or not width or more:
                 raise UsageError(f"it holds {len(fields) - 1} numbers behind a word, the first row {width}")
             rows.append(np.array(numbers, dtype=np.float32))
@@ -76,11 +76,3 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
         if len(fields) != len(header):
             raise UsageError(f"it has {len(fields)} fields, the header {len(header)}")
         yield dict(zip(header, fields, strict=True))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
