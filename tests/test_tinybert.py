@@ -182,7 +182,7 @@ def test_what_a_task_cannot_have_shows_before_its_first_run(tmp_path: Path, comm
     assert "fine-tune it on the task first" in told(with_head(tmp_path / "masked", "ForMaskedLM"))
     assert "--packing puts texts together that BertForSequenceClassification" in told(classifier, "--packing")
     assert "--relations vv means nothing to --objective tinybert" in told(classifier, "--relations", "vv")
-    assert "has two stages already: leave out --assistant_num_layers" in told(classifier, "--assistant_num_layers", "2")
+    assert "has stages of its own: leave out --assistant_num_layers" in told(classifier, "--assistant_num_layers", "2")
 
 
 def test_a_dry_run_of_a_task(tmp_path: Path, command: CommandLine, data: str) -> None:

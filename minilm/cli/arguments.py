@@ -62,7 +62,7 @@ class Arguments:
     run: RunArguments
     training: TrainingArguments
     demo: bool  # neither --teacher nor --data: the embedded demonstration
-    in_chain: bool = False  # one of two runs of a command
+    in_chain: bool = False  # one of several runs of a command
 
 
 def own_arguments(arguments: Arguments) -> dict[str, Any]:

@@ -1,30 +1,40 @@
 """The student as it starts, and the objective that it learns, as the arguments say."""
 
 import dataclasses
-import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.cli.arguments import Arguments, own_arguments
+from minilm.cli.demo import teacher_folder
 from minilm.cli.flags import ModelArguments, ObjectiveArguments
-from minilm.errors import UsageError
+from minilm.errors import UsageError, tried
 from minilm.models.continued import load_student, with_same_head
 from minilm.models.embeddings import SentenceFiles, sentence_files
-from minilm.models.heads import check_output
+from minilm.models.heads import check_output, has_vocabulary_head
+from minilm.models.observe import resolve_needs
 from minilm.models.probes import check_no_films, probe_inputs
 from minilm.models.students import build_student
+from minilm.models.teachers import read_teacher
+from minilm.models.weights import copy_ends, learning_rate_factors
 from minilm.objectives.embedding import sentence_embedding
 from minilm.objectives.masking import Masking
 from minilm.objectives.parsing import parse_layer_map, parse_relations
-from minilm.objectives.systems import SYSTEMS, own_defaults, with_soft_labels
+from minilm.objectives.systems import (
+    MASKING_FLAGS,
+    SYSTEMS,
+    TRANSFER_FLAGS,
+    flags_of,
+    own_defaults,
+    with_soft_labels,
+)
 from minilm.objectives.term import Objective, Term
 
 PARSED = {"relations": parse_relations, "layer_map": parse_layer_map}
 # Flags of terms that go with every system, unless it has such a term of its own.
 _OF_ALL = ("objective", "output_weight", "output_temperature", "embedding_weight", "embedding_loss", "pooling")
-_OF_MASKING = ("mlm_probability", "whole_word_masking")
 
 
 def needs_head(arguments: Arguments) -> bool:
@@ -51,13 +61,13 @@ def student_and_objective(
     arguments: Arguments,
     teacher: PreTrainedModel,
     sentences: SentenceFiles | None = None,
-    before: PreTrainedModel | None = None,
+    student: PreTrainedModel | None = None,
 ) -> tuple[PreTrainedModel, Objective]:
     """The student on its device, and the objective, tried once on both models.
 
     Args:
         sentences: the teacher's sentence-transformers files.
-        before: the student of the run before, where the one asked for is what that will leave: then one of its sizes.
+        student: one of its sizes, where the one asked for is not there yet.
 
     Raises `ValueError` for a student that cannot be built, and for an objective that the models cannot have.
     """
@@ -65,10 +75,8 @@ def student_and_objective(
     check_no_films(teacher)
     options = system_options(objective, model)
     with_head = needs_head(arguments)
-    if before is None:
+    if student is None:
         student = _student(arguments, teacher)
-    else:
-        student = with_same_head(before, teacher) if with_head else before
     if with_head:
         for whole_model in (teacher, student):
             check_output(whole_model, probe_inputs(whole_model))
@@ -116,7 +124,7 @@ def _student(arguments: Arguments, teacher: PreTrainedModel) -> PreTrainedModel:
     model, seed, with_head = arguments.model, arguments.training.seed, needs_head(arguments)
     if model.student is not None:
         return load_student(model.student, teacher, with_head=with_head, seed=seed)
-    return build_student(
+    student = build_student(
         teacher,
         num_layers=model.student_num_layers,
         hidden_size=model.student_hidden_size,
@@ -126,6 +134,43 @@ def _student(arguments: Arguments, teacher: PreTrainedModel) -> PreTrainedModel:
         seed=seed,
         with_head=with_head,
     )
+    if SYSTEMS[arguments.objective.objective].transfers and model.student_init == "auto":
+        copy_ends(teacher, student)
+    return student
+
+
+def rates(
+    arguments: Arguments, teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective
+) -> dict[str, float]:
+    """Factors of the learning rate by the names of the student's parameters, where a system has them."""
+    if not SYSTEMS[arguments.objective.objective].transfers:
+        return {}
+    lowest, factor = min(resolve_needs(student, objective.student).hidden), arguments.objective.lower_lr_factor
+    return learning_rate_factors(teacher, student, lowest, 1.0 if factor is None else factor)
+
+
+def try_later(runs: Sequence[Arguments], before: Arguments, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Builds what the runs after `before` learn: its student teaches there, or goes on where the teacher is the same.
+
+    Raises as `student_and_objective` and `check_whole_rows`.
+    """
+    its_student: PreTrainedModel | None = student
+    for run in runs:
+        if run.model.teacher != before.model.teacher:
+            teacher, its_student = student, None
+        elif needs_head(run) and not needs_head(before):
+            teacher = read_teacher(run.model.teacher or str(teacher_folder()), head=True).model
+            its_student = with_same_head(student, teacher)
+        with tried("cannot build the student"):
+            _, objective = student_and_objective(run, teacher, student=its_student)
+        if run.data.packing:
+            check_whole_rows(teacher, objective)
+
+
+def check_whole_rows(teacher: PreTrainedModel, objective: Objective) -> None:
+    """Raises `ValueError` for packed rows of a model that classifies them whole."""
+    if objective.student.output and not has_vocabulary_head(teacher):
+        raise UsageError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
 
 
 def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict[str, Any]:
@@ -133,8 +178,7 @@ def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict
 
     Raises `ValueError` for a flag that the system has no use for.
     """
-    system = SYSTEMS[objective.objective]
-    takes = {*inspect.signature(system.terms).parameters, *(_OF_MASKING if system.masked else ())}
+    takes = flags_of(objective.objective)
     fields = (field for field in dataclasses.fields(objective) if field.name in takes or field.name not in _OF_ALL)
     flags = {field.name: field.default for field in fields}
     given = {name: getattr(objective, name) for name in flags} | {"teacher_layer": model.teacher_layer}
@@ -150,6 +194,6 @@ def system_options(objective: ObjectiveArguments, model: ModelArguments) -> dict
             continue
         if name not in takes:
             raise UsageError(f"--{name} {value} means nothing to --objective {objective.objective}: leave it out")
-        if name not in _OF_MASKING:
+        if name not in (*MASKING_FLAGS, *TRANSFER_FLAGS):
             options[name] = PARSED[name](value) if name in PARSED else value
     return options

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from minilm.cli.adapt import adapt
 from minilm.cli.arguments import Arguments, own_arguments
-from minilm.cli.building import masking, needs_head, student_and_objective
+from minilm.cli.building import check_whole_rows, masking, needs_head, rates, student_and_objective, try_later
 from minilm.cli.demo import TEACHER_NAME, teacher_folder
 from minilm.cli.identity import run_identity, sizes
 from minilm.cli.inputs import Inputs, Processor, load_inputs
@@ -26,11 +26,10 @@ from minilm.cli.report import Metrics, overview, publish_report
 from minilm.cli.serving import serves
 from minilm.cli.trial import try_out
 from minilm.data.vocabulary import cut_tokenizer
-from minilm.errors import UsageError, reason, tried
+from minilm.errors import reason, tried
 from minilm.models.agreement import FEWEST_TEXTS, Agreement
 from minilm.models.batches import check_packable
 from minilm.models.embeddings import MEAN, SentenceFiles, sentence_files
-from minilm.models.heads import has_vocabulary_head
 from minilm.models.probes import base_of
 from minilm.models.sentence_modules import SentenceHead, read_head
 from minilm.models.speed import measure_speed
@@ -73,12 +72,11 @@ class Run:
     claims: ExitStack = field(default_factory=ExitStack)  # on the output folders, given back when it is trained
 
 
-def prepare(arguments: Arguments, next_run: Arguments | None = None) -> Run:
+def prepare(arguments: Arguments, *later: Arguments) -> Run:
     """Loads and builds all that a run needs, so that mistakes show before work starts.
 
     Args:
-        next_run: the run after this one, which this one's student teaches, or in which it goes on; its sizes are
-            tried too.
+        later: the runs after this one, which its student teaches, or in which it goes on; what they train is tried too.
 
     Raises:
         ValueError: one sentence on what the arguments ask for and cannot have.
@@ -87,21 +85,21 @@ def prepare(arguments: Arguments, next_run: Arguments | None = None) -> Run:
         ModuleNotFoundError, FileNotFoundError: the demonstration's teacher or text is not installed.
     """
     with ExitStack() as claims:
-        for stage in (next_run, arguments):
-            if stage is not None and stage.training.process_index == 0:
+        for stage in (*reversed(later), arguments):
+            if stage.training.process_index == 0:
                 claims.enter_context(claimed(Path(str(stage.training.output_dir))))
-        run = _prepare(arguments, next_run)
+        run = _prepare(arguments, later)
         run.claims = claims.pop_all()
     return run
 
 
-def _prepare(arguments: Arguments, next_run: Arguments | None) -> Run:
+def _prepare(arguments: Arguments, later: Sequence[Arguments]) -> Run:
     training = arguments.training
     checkpoint = _starting_point(training)
-    if next_run is not None:
-        _starting_point(next_run.training)
+    for stage in later:
+        _starting_point(stage.training)
     check_arguments(training)
-    models = _build(arguments, next_run)
+    models = _build(arguments, later)
     with training.main_process_first(desc="reading the data"):
         inputs = load_inputs(arguments, models.teacher, models.processor)
     if inputs.description["max_length"]:
@@ -125,8 +123,8 @@ def _starting_point(training: TrainingArguments) -> Path | None:
     return starting_point(Path(str(training.output_dir)), training.resume_from_checkpoint, CHECKPOINTED)
 
 
-def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
-    """Loads the teacher, builds the student and the loss, and that of the next run too."""
+def _build(arguments: Arguments, later: Sequence[Arguments]) -> Models:
+    """Loads the teacher, builds the student and the loss, and those of the later runs too."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights; the Trainer's own stays
     name = arguments.model.teacher or str(teacher_folder())
     torch.manual_seed(arguments.training.seed)  # for what the weights lack, a pooler: alike when the run is continued
@@ -134,12 +132,11 @@ def _build(arguments: Arguments, next_run: Arguments | None) -> Models:
     sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
     with tried("cannot build the student"):
         student, objective = student_and_objective(arguments, teacher, sentences)
-    if next_run is not None:
-        _try_next(next_run, arguments, student)
+    try_later(later, arguments, teacher, student)
     if arguments.data.packing:
         check_packable(teacher)
         check_packable(student)
-        _check_whole_rows(teacher, objective)
+        check_whole_rows(teacher, objective)
     return Models(name, teacher, student, objective, processor, saved_processor, sentences, count_parameters(teacher))
 
 
@@ -151,23 +148,6 @@ def _cut(models: Models, kept: Sequence[int]) -> Models:
     tokenizers = cast(list[PreTrainedTokenizerBase], [models.processor, models.saved_processor])
     processor, saved = (cut_tokenizer(tokenizer, kept) for tokenizer in tokenizers)
     return models._replace(processor=processor, saved_processor=saved)
-
-
-def _try_next(arguments: Arguments, before: Arguments, student: PreTrainedModel) -> None:
-    """Builds what the next run trains: the student teaches there, or goes on where the teacher is the same."""
-    goes_on = arguments.model.teacher == before.model.teacher
-    teacher = student
-    if goes_on:
-        teacher = read_teacher(arguments.model.teacher or str(teacher_folder()), head=needs_head(arguments)).model
-    with tried("cannot build the student"):
-        _, objective = student_and_objective(arguments, teacher, before=student if goes_on else None)
-    if arguments.data.packing:
-        _check_whole_rows(teacher, objective)
-
-
-def _check_whole_rows(teacher: PreTrainedModel, objective: Objective) -> None:
-    if objective.student.output and not has_vocabulary_head(teacher):
-        raise UsageError(f"--packing puts texts together that {type(teacher).__name__} must see one by one")
 
 
 def _make_trainer(arguments: Arguments, models: Models, inputs: Inputs) -> DistillationTrainer:
@@ -184,6 +164,7 @@ def _make_trainer(arguments: Arguments, models: Models, inputs: Inputs) -> Disti
             eval_dataset=inputs.heldout,
             processing_class=models.saved_processor,
             data_collator=inputs.collator,
+            learning_rate_factors=rates(arguments, models.teacher, models.student, models.objective),
         )
 
 
@@ -302,13 +283,13 @@ def _report(run: Run, agreement: Agreement | None, untrained: Any, batches: list
     return publish_report(output, metrics, trainer.state.log_history)
 
 
-def dry_run(arguments: Arguments, next_run: Arguments | None = None) -> str:
+def dry_run(arguments: Arguments, *later: Arguments) -> str:
     """Builds everything as `prepare` does, takes three steps in a folder that is removed, and tells what they cost."""
     starting_point(Path(str(arguments.training.output_dir)), arguments.training.resume_from_checkpoint)
     check_arguments(arguments.training)  # with the strategies that the rehearsal's have not
     with tempfile.TemporaryDirectory() as folder:
         training = rehearsal_arguments(arguments.training, folder)
-        run = prepare(replace(arguments, training=training), next_run)
+        run = prepare(replace(arguments, training=training), *later)
         with run.claims:
             run.metrics["student"]["name"] = arguments.training.output_dir
             return "\n".join([overview(run.metrics), rehearse(run.trainer, arguments.training)])

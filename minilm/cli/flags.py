@@ -140,6 +140,7 @@ class ObjectiveArguments:
         "tinybert-task",
         "mobilebert",
         "mobilebert-joint",
+        "mobilebert-progressive",
         "mobilebert-transfer",
         "mobilebert-distillation",
         "embedding",
@@ -151,8 +152,9 @@ class ObjectiveArguments:
             "hidden states; tinybert: embeddings, hidden states and attention scores, layer by layer; tinybert-task: "
             "these on a classifier's texts, in OUTPUT_DIR/intermediate, and then its answers; mobilebert: feature maps "
             "and attention, layer by layer (-transfer), beside the logits of masked tokens and the masked LM's loss "
-            "(-distillation), or the one in OUTPUT_DIR/transfer and then the other (-joint); embedding: the vectors "
-            "of sentences alone."
+            "(-distillation), or the one in OUTPUT_DIR/transfer and then the other (-joint), or the one for each layer "
+            "after those below, in OUTPUT_DIR/layer-1 and so on, and then the other (-progressive); embedding: the "
+            "vectors of sentences alone."
         ),
     )
     relations: str | None = field(
@@ -168,7 +170,15 @@ class ObjectiveArguments:
         ),
     )
     intermediate_steps: int | None = field(
-        default=None, metadata=_about("Steps of the first of two runs (default: as the second).", "N")
+        default=None, metadata=_about("Steps of each run before the last of several (default: as the last).", "N")
+    )
+    lower_lr_factor: float | None = field(
+        default=None,
+        metadata=_about(
+            "Learning rate of the layers below the lowest that learns, as a part of its own; 0 freezes them (default: "
+            "of mobilebert-progressive 0, where MobileBERT's published code has 0.1; of mobilebert-transfer 1).",
+            "F",
+        ),
     )
     relation_heads: int | None = field(
         default=None,

@@ -1,16 +1,21 @@
-"""The runs that one command line asks for, one after the other: teacher, assistant, student; or a task's two stages."""
+"""The runs that one command line asks for, one after the other: teacher, assistant, student; or a system's stages."""
 
 import copy
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from minilm.cli.arguments import Arguments, own_arguments
+from minilm.cli.demo import teacher_folder
 from minilm.cli.flags import ObjectiveArguments
 from minilm.errors import UsageError
-from minilm.objectives.systems import SYSTEMS, Stage
+from minilm.models.layers import num_layers
+from minilm.models.teachers import loading
+from minilm.objectives.parsing import parse_layer_map
+from minilm.objectives.systems import SYSTEMS, TRANSFER_FLAGS, Stage, flags_of, transferred_layers
 from minilm.training.runs import METRICS, OccupiedError, check_equal, starting_point
 
 ASSISTANT = "assistant"  # the folder of the first run, in the output folder
@@ -23,32 +28,34 @@ NO_SIZES: dict[str, Any] = {
     "student_embedding_dim": None,
     "student_vocabulary": None,
 }
+OF_EMBEDDING = ("embedding_weight", "embedding_loss", "pooling")
 
 
 def stages(arguments: Arguments) -> list[Arguments]:
-    """The runs still to be done, in order: one, or two, of which the first leaves a model in a folder of its own.
+    """The runs still to be done, in order, of which each but the last leaves a model in a folder of its own.
 
-    That is an assistant, which teaches the student then (MiniLM, section 3.4), or for a system of two stages the
-    student itself, which goes on. When the command is resumed, a finished first run is not done again.
+    That is an assistant, which teaches the student then (MiniLM, section 3.4), or for a system of several stages the
+    student itself, which goes on. When the command is resumed, finished runs are not done again.
 
     Raises:
-        ValueError: a checkpoint of the second run is named while the first is not finished; the finished one is of
-            another teacher, size, objective or data; an assistant for a system of two stages.
+        ValueError: a checkpoint of a run is named while the one before is not finished; a finished one is of another
+            teacher, size, objective or data; an assistant for a system of several stages; layers of teacher and student
+            that do not go together, where each has a run.
         OccupiedError: there is a finished first run, and nothing is to be resumed.
     """
     first = SYSTEMS[arguments.objective.objective].first
     model = arguments.model
     if model.assistant_num_layers is None and model.assistant_hidden_size is None:
-        return [arguments] if first is None else _chain(*_stage_and_task(arguments, first), arguments)
+        return [arguments] if first is None else _to_be_done(_stages_and_last(arguments, first), arguments)
     if first is not None:
         raise UsageError(
-            f"--objective {arguments.objective.objective} has two stages already: leave out --assistant_num_layers "
-            "and --assistant_hidden_size"
+            f"--objective {arguments.objective.objective} has stages of its own: leave out --assistant_num_layers and "
+            "--assistant_hidden_size"
         )
-    return _chain(*_assistant_and_student(arguments), arguments)
+    return _to_be_done(_assistant_and_student(arguments), arguments)
 
 
-def _assistant_and_student(arguments: Arguments) -> tuple[Arguments, Arguments]:
+def _assistant_and_student(arguments: Arguments) -> list[Arguments]:
     model = arguments.model
     if arguments.objective.layer_map is not None:
         raise UsageError(
@@ -65,51 +72,90 @@ def _assistant_and_student(arguments: Arguments) -> tuple[Arguments, Arguments]:
     folder = Path(str(arguments.training.output_dir)) / ASSISTANT
     first = _run(arguments, {"output_dir": str(folder), "push_to_hub": False}, NO_ASSISTANT | sizes)
     second = _run(arguments, {}, NO_ASSISTANT | {"teacher": str(folder), "teacher_layer": -1})
-    return first, second
+    return [first, second]
 
 
-def _stage_and_task(arguments: Arguments, stage: Stage) -> tuple[Arguments, Arguments]:
-    """What the first system alone takes is said to it alone."""
+def _stages_and_last(arguments: Arguments, stage: Stage) -> list[Arguments]:
+    """What one of the two systems alone takes is said to it alone."""
+    asked = arguments.objective
     if arguments.model.student_vocabulary is not None:
         raise UsageError(
             f"--student_vocabulary {arguments.model.student_vocabulary} cuts the teacher's vocabulary too, and "
-            f"--objective {arguments.objective.objective} reads it again for its second run: leave it out"
+            f"--objective {asked.objective} reads it again for its next run: leave it out"
         )
-    folder, steps = Path(str(arguments.training.output_dir)) / stage.folder, arguments.objective.intermediate_steps
-    systems = [SYSTEMS[name].terms for name in (stage.system, arguments.objective.objective)]
-    of_first, of_second = (inspect.signature(terms).parameters.keys() for terms in systems)
+    of_stage, of_last = flags_of(stage.system), flags_of(asked.objective)
+    if not stage.by_layer:  # it begins at the lowest layer
+        of_stage -= {*TRANSFER_FLAGS}
     defaults = {field.name: field.default for field in dataclasses.fields(ObjectiveArguments)}
-    first_alone, second_alone = (
+    stage_alone, last_alone = (
         {name: value for name, value in defaults.items() if name in names}
-        for names in (of_first - of_second, of_second - of_first)
+        for names in (of_stage - of_last, of_last - of_stage)
     )
-    length = {} if steps is None else {"max_steps": steps}
-    of_any = {} if arguments.training.metric_for_best_model is None else {"metric_for_best_model": "loss"}
-    first = _run(
-        arguments,
-        {"output_dir": str(folder), "push_to_hub": False, **length, **of_any},
-        {},
-        second_alone | {"objective": stage.system, "intermediate_steps": None},
-    )
-    model = NO_SIZES | {"student": str(folder), "student_init": "auto"}
+    training: dict[str, Any] = {"push_to_hub": False}
+    if asked.intermediate_steps is not None:
+        training["max_steps"] = asked.intermediate_steps
+    if arguments.training.metric_for_best_model is not None:
+        training["metric_for_best_model"] = "loss"
+    objective = last_alone | {"objective": stage.system, "intermediate_steps": None}
+    model: dict[str, Any] = {}
+    if stage.by_layer:  # the sentence embedding would train all layers at once
+        objective |= {name: defaults[name] for name in OF_EMBEDDING}
+        model["student_embedding_dim"] = None
+    runs = []
+    for name, of_run in _runs_of(stage, arguments).items():
+        folder = str(Path(str(arguments.training.output_dir)) / name)
+        runs.append(_run(arguments, training | {"output_dir": folder}, model, objective | of_run))
+        model = NO_SIZES | {"student_embedding_dim": runs[0].model.student_embedding_dim}
+        model |= {"student": folder, "student_init": "auto"}
     model["student_embedding_dim"] = arguments.model.student_embedding_dim
-    return first, _run(arguments, {}, model, first_alone | {"intermediate_steps": None})
+    return [*runs, _run(arguments, {}, model, stage_alone | {"intermediate_steps": None})]
 
 
-def _chain(first: Arguments, second: Arguments, asked: Arguments) -> list[Arguments]:
-    """Those of the two runs that are still to be done."""
-    resume, folder = asked.training.resume_from_checkpoint, Path(str(first.training.output_dir))
-    finished = (folder / METRICS).exists()
-    if finished:
-        _check_finished(folder, first, resume)
-    if resume not in (None, "auto"):
-        if folder.resolve() in Path(resume).resolve().parents:
-            return [first, _run(second, {"resume_from_checkpoint": None})]
-        if not finished:
-            raise UsageError(
-                f"{resume!r} is a checkpoint of the student, and {folder} holds no finished {_called(folder)}"
-            )
-    return [second] if resume is not None and finished else [first, second]
+def _runs_of(stage: Stage, arguments: Arguments) -> dict[str, dict[str, Any]]:
+    """The names of their folders, each with what the run is told of its objective alone."""
+    if not stage.by_layer:
+        return {stage.folder: {}}
+    asked, model = arguments.objective, arguments.model
+    teacher = _config("teacher", model.teacher or str(teacher_folder()))
+    if model.student is not None:
+        student = _config("student", model.student)
+    else:
+        student = copy.copy(teacher)
+        student.num_hidden_layers = model.student_num_layers or num_layers(teacher)
+    given = None if asked.layer_map is None else parse_layer_map(asked.layer_map)
+    layers = transferred_layers(teacher, student, given)
+    if len(layers) < num_layers(student):
+        raise UsageError(
+            f"--objective {asked.objective} trains one layer after another: --layer_map {asked.layer_map} names "
+            f"{len(layers)} of the student's {num_layers(student)}"
+        )
+    held = {"lower_lr_factor": asked.lower_lr_factor or 0.0}
+    return {f"{stage.folder}-{layer}": {"layer_map": f"{layer}:{layers[layer]}", **held} for layer in sorted(layers)}
+
+
+def _config(who: str, name: str) -> Any:
+    with loading(who, name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def _to_be_done(runs: list[Arguments], asked: Arguments) -> list[Arguments]:
+    """Those that are not finished, or from the one on whose checkpoint is to be continued."""
+    resume, last = asked.training.resume_from_checkpoint, len(runs) - 1
+    folders = [Path(str(run.training.output_dir)) for run in runs]
+    finished = [index for index in range(last) if (folders[index] / METRICS).exists()]
+    for index in finished:
+        _check_finished(folders[index], runs[index], resume)
+    if resume in (None, "auto"):
+        return runs[finished[-1] + 1 if finished else 0 :]
+    above = Path(resume).resolve().parents
+    at = next((index for index in range(last) if folders[index].resolve() in above), last)
+    if at and at - 1 not in finished:
+        whose = "student" if at == last else _called(folders[at])
+        raise UsageError(
+            f"{resume!r} is a checkpoint of the {whose}, and {folders[at - 1]} holds no finished "
+            f"{_called(folders[at - 1])}"
+        )
+    return [runs[at], *(_run(run, {"resume_from_checkpoint": None}) for run in runs[at + 1 :])]
 
 
 def _check_finished(folder: Path, arguments: Arguments, resume: str | None) -> None:

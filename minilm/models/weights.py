@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
 from minilm.models.layers import num_layers as layers_of
+from minilm.models.layers import numbered
 
 # In no attribute_map of transformers.
 FFN_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim")
@@ -51,6 +52,36 @@ def ends_as_teacher(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
             if source is None or not torch.equal(source, parameter.to(source)):
                 return False
     return True
+
+
+def copy_ends(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Copy what lies outside of the layers, embeddings and head, where its sizes are the teacher's."""
+    given = teacher.state_dict()
+    stacks = tuple(f"{path}." for path in stacks_of(student, layers_of(student)))
+    for name, target in student.state_dict().items():
+        source = given.get(name)
+        if source is not None and source.shape == target.shape and not name.startswith(stacks):
+            target.copy_(source)
+
+
+def learning_rate_factors(
+    teacher: PreTrainedModel, student: PreTrainedModel, layer: int, of_lower: float
+) -> dict[str, float]:
+    """What of the learning rate the parameters have, by name, while the student's `layer` learns.
+
+    Those of the layers below have `of_lower`. What lies outside of the layers has 0 where it is the teacher's own, and
+    else the rate of layer 1: embeddings that are not the teacher's learn with it.
+    """
+    number_of = {id(p): max(numbers) for module, numbers in numbered(student) for p in module.parameters()}
+    given = dict(teacher.named_parameters())
+    factors: dict[str, float] = {}
+    for name, parameter in student.named_parameters():
+        source = given.get(name)
+        if id(parameter) not in number_of and source is not None and torch.equal(source, parameter.to(source)):
+            factors[name] = 0.0
+        elif number_of.get(id(parameter), 1) < layer:
+            factors[name] = of_lower
+    return factors
 
 
 def head_dim(config: Any) -> int:

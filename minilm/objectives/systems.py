@@ -22,13 +22,16 @@ from minilm.objectives.scores import ScoresMSE
 from minilm.objectives.term import Objective, Term, Unit
 
 MINILM, MINILM_V2 = ("qk", "vv"), ("qq", "kk", "vv")
+# Flags of systems that are no options of their terms.
+MASKING_FLAGS, TRANSFER_FLAGS = ("mlm_probability", "whole_word_masking"), ("lower_lr_factor",)
 
 
 class Stage(NamedTuple):
-    """A run that comes first; from its student the system's own run goes on."""
+    """What comes first; from its student the system's own run goes on."""
 
     system: str
     folder: str  # in the output folder
+    by_layer: bool = False  # several runs, each of one layer of the student, and in a folder with its number
 
 
 class System(NamedTuple):
@@ -39,6 +42,7 @@ class System(NamedTuple):
     masked: bool = False  # whether both see texts with masked tokens
     embedding_weight: float = 0.0  # of the sentence embedding beside the terms, where no flag says otherwise
     first: Stage | None = None
+    transfers: bool = False  # whether embeddings and head start and stay as the teacher's; lower layers may be held
 
 
 def minilm(
@@ -206,10 +210,7 @@ def mobilebert_transfer(
         ValueError: other numbers of layers without `layer_map`; feature maps of other widths; other numbers of heads.
     """
     pair = teacher, student
-    if layer_map is None:
-        _check_equal("layers", *pair, num_layers, "give --layer_map, or make them equal")
-        layer_map = {layer: layer for layer in range(1, num_layers(student) + 1)}
-    layer_map = resolve_layer_map(*pair, layer_map)
+    layer_map = transferred_layers(*pair, layer_map)
     _check_equal(
         "numbers in a feature map",
         *pair,
@@ -225,6 +226,20 @@ def mobilebert_transfer(
     )
     attention = MiniLMLoss({"qk": 1.0}, causal=is_causal(teacher), implementation=implementation)
     return [HiddenMSE(layer_map, normalised=True), Relations(attention, layer_map)]
+
+
+def transferred_layers(teacher: Any, student: Any, layer_map: Mapping[int, int] | None) -> dict[int, int]:
+    """The student's layers, each with the teacher's, by their numbers from 1; by default each with its own.
+
+    Args:
+        teacher, student: models, or their configs.
+
+    Raises `ValueError` for other numbers of layers without `layer_map`, and as `resolve_layer_map`.
+    """
+    if layer_map is None:
+        _check_equal("layers", teacher, student, num_layers, "give --layer_map, or make them equal")
+        layer_map = {layer: layer for layer in range(1, num_layers(student) + 1)}
+    return resolve_layer_map(teacher, student, layer_map)
 
 
 def mobilebert_distillation(
@@ -252,10 +267,20 @@ SYSTEMS: dict[str, System] = {
     "mobilebert-joint": System(  # section 3.5: first the transfer, then the distillation
         mobilebert_distillation, head=True, masked=True, first=Stage("mobilebert-transfer", "transfer")
     ),
-    "mobilebert-transfer": System(mobilebert_transfer, head=True, masked=True),
+    "mobilebert-progressive": System(  # the same, but that each layer is transferred after those below
+        mobilebert_distillation, head=True, masked=True, first=Stage("mobilebert-transfer", "layer", by_layer=True)
+    ),
+    "mobilebert-transfer": System(mobilebert_transfer, head=True, masked=True, transfers=True),
     "mobilebert-distillation": System(mobilebert_distillation, head=True, masked=True),
     "embedding": System(embedding, embedding_weight=1.0),
 }
+
+
+def flags_of(name: str) -> set[str]:
+    """The flags that say something to a system, beside those that go with every one."""
+    system = SYSTEMS[name]
+    options = {*inspect.signature(system.terms).parameters} - {"teacher", "student"}
+    return options | {*(MASKING_FLAGS if system.masked else ()), *(TRANSFER_FLAGS if system.transfers else ())}
 
 
 def own_defaults(name: str) -> dict[str, Any]:
@@ -284,9 +309,7 @@ def with_soft_labels(
     return Objective([*terms, SoftLabels(unit, weight, temperature)])
 
 
-def _check_equal(
-    what: str, teacher: PreTrainedModel, student: PreTrainedModel, count: Callable[[Any], int], remedy: str
-) -> None:
+def _check_equal(what: str, teacher: Any, student: Any, count: Callable[[Any], int], remedy: str) -> None:
     if count(teacher) != count(student):
         raise UsageError(
             f"the teacher, a {type(teacher).__name__}, has {count(teacher)} {what}, the student, a "

@@ -26,16 +26,16 @@ from minilm.objectives.masking import HELD_OUT, Masking
 from minilm.objectives.term import COUNTS, LOSS, Objective, Unit
 from minilm.training.arguments import check_arguments, check_numbers
 from minilm.training.clock import StepClock
-from minilm.training.feeding import FeedingTrainer
 from minilm.training.finite import GRADIENTS, WEIGHTS, FiniteWatch, all_finite, named_terms
 from minilm.training.model import DistillationModel, as_objective
 from minilm.training.progress import DistillationProgress
+from minilm.training.rates import RatesTrainer
 from minilm.training.runs import newest_intact
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class DistillationTrainer(FeedingTrainer):
+class DistillationTrainer(RatesTrainer):
     """Trains a student on an objective; logs and evaluates each of its parts beside the loss.
 
     Args:
@@ -47,7 +47,7 @@ class DistillationTrainer(FeedingTrainer):
         output_weight, output_temperature: with such relations, as in `DistillationModel`; both models must come with
             their heads.
         options: those of `transformers.Trainer`: train_dataset (also a `TextStream`), eval_dataset, processing_class,
-            data_collator, ...
+            data_collator, ...; and `learning_rate_factors`, which see in `minilm.training.rates`.
         masking: of tokens, for objectives that predict them.
         greater_is_better: of `metric_for_best_model`, where that is one of these losses. It counts instead of the
             arguments' own, whose default takes every name that does not end in "loss" for better when higher.
