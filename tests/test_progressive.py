@@ -210,6 +210,8 @@ def test_a_factor_is_of_the_step_and_0_is_none(tmp_path: Path) -> None:
         run = trainer(tmp_path, own={"learning_rate_factors": factors}, weight_decay=0.1)
         before = {name: x.clone() for name, x in run.student.state_dict().items()}
         run.train()
+        for name, parameter in run.student.named_parameters():  # no gradient goes that far
+            assert not parameter.requires_grad or factors.get(name) != 0
         return {name: x - before[name] for name, x in run.student.state_dict().items()}
 
     names = list(moved({}))
