@@ -17,7 +17,7 @@ from minilm.models.probes import check_no_films, probe_inputs
 from minilm.models.students import build_student
 from minilm.objectives.embedding import sentence_embedding
 from minilm.objectives.masking import Masking
-from minilm.objectives.parsing import parse_layer_map, parse_relations
+from minilm.objectives.parsing import parse_layer_map, parse_layers, parse_relations
 from minilm.objectives.systems import SYSTEMS, own_defaults, with_soft_labels
 from minilm.objectives.term import Objective, Term
 
@@ -123,6 +123,7 @@ def _student(arguments: Arguments, teacher: PreTrainedModel) -> PreTrainedModel:
         num_heads=model.student_num_heads,
         intermediate_size=model.student_intermediate_size,
         init=model.student_init,
+        teacher_layers=None if model.student_init_layers is None else parse_layers(model.student_init_layers),
         seed=seed,
         with_head=with_head,
     )

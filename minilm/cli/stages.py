@@ -20,6 +20,7 @@ NO_SIZES: dict[str, Any] = {
     "student_hidden_size": None,
     "student_num_heads": None,
     "student_intermediate_size": None,
+    "student_init_layers": None,
     "student_embedding_dim": None,
     "student_vocabulary": None,
 }

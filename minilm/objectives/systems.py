@@ -114,6 +114,16 @@ def mlm_kd(teacher: PreTrainedModel, student: PreTrainedModel, *, output_tempera
     return [SoftLabels("labels", temperature=output_temperature)]
 
 
+def mlm(teacher: PreTrainedModel, student: PreTrainedModel) -> list[Term]:
+    """The masked LM's loss alone (BERT, section 3.1), nothing of the teacher: what the others are to be better than.
+
+    Raises:
+        ValueError: a teacher that is no masked LM, whose kind of head the student has.
+    """
+    _check_masked_lm(teacher)
+    return [MaskedLM()]
+
+
 def distilbert(teacher: PreTrainedModel, student: PreTrainedModel, *, output_temperature: float = 2.0) -> list[Term]:
     """DistilBERT (section 2): soft labels for all tokens, masked or not, the masked LM's loss, and a cosine.
 
@@ -244,6 +254,7 @@ def mobilebert_distillation(
 SYSTEMS: dict[str, System] = {
     "minilm": System(minilm),
     "minilm-v2": System(minilm_v2),
+    "mlm": System(mlm, head=True, masked=True),
     "mlm-kd": System(mlm_kd, head=True, masked=True),
     "distilbert": System(distilbert, head=True, masked=True),
     "tinybert": System(tinybert),
