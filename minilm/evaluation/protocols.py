@@ -1,30 +1,26 @@
 """Which fine-tunings a protocol asks for, run one after the other, and what comes out of them.
 
-Each run is a JSON file in the output folder, whole or not there: a grid that was stopped goes on where it was. A run is
-found by what it was made of (the model's content, the task's records, the settings), never by names alone.
+Each run is a cell, told by what it was made of (the model's content, the task's records, the settings), not by names: a
+grid that was stopped goes on where it was.
 """
 
-import hashlib
-import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import transformers
 from datasets.utils import tqdm
 
+from minilm.evaluation.cells import Cells, Key
 from minilm.evaluation.finetuning import finetune
 from minilm.evaluation.settings import Settings
 from minilm.evaluation.task_data import TaskData
 from minilm.evaluation.tasks import Scores, Task
-
-RUNS = "runs"  # the folder of their files
 
 
 @dataclass(frozen=True)
@@ -49,27 +45,29 @@ PROTOCOLS: Mapping[str, Protocol] = {
 }
 
 
+class Model(NamedTuple):
+    """What the table calls it, the name or folder that loads it, and a digest of its content."""
+
+    name: str
+    source: str
+    fingerprint: str
+
+
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning of a protocol.
+    """One fine-tuning of a protocol; `task` is the digest of the task's records."""
 
-    Attributes:
-        model: its name or folder.
-        model_fingerprint, task_fingerprint: what they are, told by their content.
-    """
-
-    model: str
-    model_fingerprint: str
+    model: Model
+    task: str
     data: TaskData
-    task_fingerprint: str
     settings: Settings
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def key(self) -> Key:
         """All that its scores come from, but for the device."""
         settings = asdict(self.settings)
         del settings["use_cpu"]
-        return {"model": self.model_fingerprint, "task": self.task_fingerprint, "settings": settings}
+        return {"protocol": "fine-tuning", "model": self.model.fingerprint, "task": self.task, "settings": settings}
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,12 @@ class Outcome:
 
 
 def plan(
-    protocol: str, models: Mapping[str, str], tasks: Mapping[str, TaskData], settings: Settings | None = None
+    protocol: str, models: Sequence[Model], tasks: Mapping[str, TaskData], settings: Settings | None = None
 ) -> list[Run]:
     """The runs in their order: one seed of everything first, and of that one setting of all tasks and models.
 
     Args:
-        models: names or folders, with their fingerprints.
-        tasks: by their fingerprints.
+        tasks: by the digests of their records.
         settings: what the protocol does not say: sizes of batches, lengths, device.
     """
     grid, given = PROTOCOLS[protocol], settings or Settings()
@@ -106,7 +103,7 @@ def plan(
     for seed in grid.seeds:
         for place in range(len(grid.epochs)):
             for rate in grid.learning_rates:
-                for task_fingerprint, data in tasks.items():
+                for task, data in tasks.items():
                     of_run = replace(
                         given,
                         learning_rate=rate,
@@ -115,45 +112,43 @@ def plan(
                         max_length=given.length(data.task.form),
                         max_train_records=given.max_train_records or grid.max_train_records,
                     )
-                    runs += [Run(name, model, data, task_fingerprint, of_run) for name, model in models.items()]
+                    runs += [Run(model, task, data, of_run) for model in models]
     return runs
 
 
-def run_all(runs: Sequence[Run], folder: Path) -> None:
-    """Does the runs that `folder` does not have yet; may be stopped at any time and called again.
+def is_done(run: Run, cells: Cells) -> bool:
+    """Whether its scores are there."""
+    return cells.get(run.key) is not None
+
+
+def run_all(runs: Sequence[Run], cells: Cells) -> None:
+    """Does the runs that are not done yet; may be stopped at any time and called again.
 
     Raises:
         UsageError, NonFiniteError: as `finetune`.
     """
-    missing = [run for run in runs if read_scores(run, folder) is None]
+    missing = [run for run in runs if not is_done(run, cells)]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), unit=" runs", desc="fine-tuning") as bar:
         for run in missing:
-            if read_scores(run, folder) is None:  # else the same model is there under another name
+            if not is_done(run, cells):  # else the same model was there under another name
                 begun = time.monotonic()
                 with tempfile.TemporaryDirectory() as scratch:
-                    scores = finetune(run.model, run.data, run.settings, Path(scratch))
-                _write(run, folder, scores, time.monotonic() - begun)
+                    scores = finetune(run.model.source, run.data, run.settings, Path(scratch))
+                made_by = {"torch": torch.__version__, "transformers": transformers.__version__}
+                seconds = round(time.monotonic() - begun, 1)
+                names = {"model": run.model.name, "task": run.data.task.name}
+                cells.put(run.key, {"scores": scores, **names, "seconds": seconds, "versions": made_by})
             bar.update()
 
 
-def read_scores(run: Run, folder: Path) -> Scores | None:
-    """Of a run that is done; None for one that is not."""
-    try:
-        content = json.loads(_path(run, folder).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or not whole
-        return None
-    scores: Scores = content["scores"]
-    return scores
-
-
-def outcomes(runs: Sequence[Run], folder: Path) -> dict[str, dict[str, Outcome]]:
+def outcomes(runs: Sequence[Run], cells: Cells) -> dict[str, dict[str, Outcome]]:
     """What the runs that are done say: model -> name of the task -> outcome. One without any run is left out."""
     grouped: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        grouped.setdefault((run.model, run.data.task.name), []).append(run)
+        grouped.setdefault((run.model.name, run.data.task.name), []).append(run)
     found: dict[str, dict[str, Outcome]] = {}
     for (model, task), group in grouped.items():
-        done = [(run.settings, scores) for run in group if (scores := read_scores(run, folder)) is not None]
+        done = [(run.settings, cell["scores"]) for run in group if (cell := cells.get(run.key))]
         if done:
             found.setdefault(model, {})[task] = _outcome(done, group[0].data.task, len(group))
     return found
@@ -204,23 +199,3 @@ def explain(protocol: str, settings: Settings | None = None) -> str:
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
-
-
-def _path(run: Run, folder: Path) -> Path:
-    digest = hashlib.sha256(json.dumps(run.identity, sort_keys=True).encode()).hexdigest()
-    return folder / RUNS / f"{run.data.task.name}-{digest[:24]}.json"
-
-
-def _write(run: Run, folder: Path, scores: Scores, seconds: float) -> None:
-    path = _path(run, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "scores": scores,
-        "model": run.model,
-        "made of": run.identity,
-        "seconds": round(seconds, 1),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    begun = path.with_suffix(".part")
-    begun.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(begun, path)
