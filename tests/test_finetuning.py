@@ -110,6 +110,21 @@ def test_predictions_are_in_the_order_of_the_records(tmp_path: Path) -> None:
     assert torch.allclose(torch.tensor(predict(trainer, records)), alone, atol=1e-5)
 
 
+def test_the_seed_decides_the_order_and_dropout(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "model")
+
+    def trained(seed: int) -> torch.Tensor:
+        model, tokenizer = load_for_task(str(folder), AutoModelForSequenceClassification, 24, 0, num_labels=3)
+        records = Dataset.from_dict({**tokenizer(lines(24)), "labels": [0, 1, 2] * 8})
+        collate = DataCollatorWithPadding(tokenizer)
+        settings = Settings(epochs=1, batch_size=8, seed=seed, use_cpu=True)
+        fit(model, records, collate, settings, tmp_path / "run", "tiny", keep=lambda logits: logits)
+        return model.get_parameter("classifier.weight").detach()
+
+    assert torch.equal(trained(1), trained(1))
+    assert not torch.equal(trained(1), trained(2))
+
+
 def test_classes_of_texts_are_learnt_and_the_seed_decides(tmp_path: Path) -> None:
     folder, data = str(save_teacher(tmp_path / "model")), by_letter()
     found = finetune(folder, data, FAST, tmp_path / "run")
