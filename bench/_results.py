@@ -37,7 +37,7 @@ def environment(device: str, commit: str | None = None) -> dict[str, str]:
         "gpu": gpu,
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": commit or _commit(),
+        "commit": commit or this_commit(),
         "date": date,
     }
 
@@ -51,7 +51,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def this_commit() -> str:
     """The short hash, "-dirty" where code differs from it; "unknown" outside of git."""
     try:
         head = _git("rev-parse", "--short", "HEAD")

@@ -20,7 +20,7 @@ from minilm.objectives.systems import SYSTEMS
 from minilm.objectives.term import Objective
 from minilm.training.trainer import DistillationTrainer
 
-MASKED = ("mlm-kd", "distilbert")
+MASKED = ("mlm", "mlm-kd", "distilbert")
 OPTIONS: dict[str, dict[str, Any]] = {**{name: {} for name in MASKED}, "mobilebert": {"layer_map": {1: 1, 2: 4}}}
 PROBABILITY = 0.3  # so that no rank is without labels
 

@@ -114,7 +114,7 @@ def test_what_does_not_go_with_a_student_is_told(tmp_path: Path, command: Comman
         assert (code, err.count("\n")) == (2, 1)
         return err
 
-    for flag, value in (("student_num_layers", "2"), ("student_init", "random")):
+    for flag, value in (("student_num_layers", "2"), ("student_init", "random"), ("student_init_layers", "1")):
         assert f"has sizes and weights of its own: leave out --{flag} {value}" in told(*argv, f"--{flag}", value)
     assert "max_length 12 is more than the student's 10 positions" in told(*argv)
     assert "--student is given without --data" in told("--student", name)

@@ -112,6 +112,9 @@ def test_each_layer_has_a_run(tmp_path: Path) -> None:
         {"layer_map": {2: 4}},
         {"output_temperature": 2.0},
     ]
+    assert len(stages(parse(asked(tmp_path, "--student_init_layers", "1,2,3,4")))) == 5
+    with pytest.raises(UsageError, match="has 4 layers, the student, a BertConfig, 2: give --layer_map"):
+        stages(parse(asked(tmp_path, "--student_init_layers", "1,4")))
     soft = stages(parse(asked(tmp_path, "--student_hidden_size", "32", "--lower_lr_factor", "0.1")))
     assert [run.objective.lower_lr_factor for run in soft] == [0.1] * 4 + [None]
     student = masked_lm(tmp_path / "student", family="mobilebert")

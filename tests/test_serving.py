@@ -61,6 +61,15 @@ def test_without_texts_enough_the_report_says_so(command: CommandLine, teacher: 
     assert "Agreement with the teacher is measured on at least 3 held-out texts; there are 2." in out
 
 
+def test_it_starts_from_the_layers_that_are_named(distil: Distil, teacher: str) -> None:
+    metrics, _ = distil("--student_init_layers", "1,-1", "--learning_rate", "0")
+    assert metrics["serves"]
+    whole, student = (AutoModel.from_pretrained(folder) for folder in (teacher, "out"))
+    for mine, theirs in ((0, 0), (1, 3)):
+        layers = student.encoder.layer[mine].state_dict(), whole.encoder.layer[theirs].state_dict()
+        assert all(torch.equal(layers[0][name], tensor) for name, tensor in layers[1].items())
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -69,6 +78,7 @@ def test_without_texts_enough_the_report_says_so(command: CommandLine, teacher: 
         ["--student_init", "slice", "--student_intermediate_size", "64"],
         ["--teacher_layer", "2"],
         ["--layer_map", "1:4,2:1"],
+        ["--student_init_layers", "2,1"],
     ],
 )
 def test_with_anything_else_there_it_needs_fine_tuning(distil: Distil, flags: list[str]) -> None:

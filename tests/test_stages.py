@@ -43,6 +43,8 @@ def test_the_assistant_learns_first_and_teaches_then() -> None:
     dims = [run.model.student_embedding_dim for run in stages(parse(asked("--student_embedding_dim", "8")))]
     assert dims == [None, 8]
     assert (first.model.student_init, second.model.student_init) == ("auto", "layers")
+    named = [run.model.student_init_layers for run in stages(parse(asked("--student_init_layers", "1,3")))]
+    assert named == [None, "1,3"]  # of the assistant
 
 
 def test_an_assistant_has_the_sizes_that_it_is_given_where_the_student_goes_on_from_a_folder() -> None:

@@ -20,11 +20,13 @@ MODELS = KERNELS | {"minilm.models"}
 DATA = KERNELS | {"minilm.data"}
 OBJECTIVES = MODELS | {"minilm.objectives"}
 TRAINING = OBJECTIVES | DATA | {"minilm.training"}
-CLI = TRAINING | {"minilm.cli"}
+EVALUATION = MODELS | DATA | {"minilm.evaluation"}  # judges what any training left
+CLI = TRAINING | EVALUATION | {"minilm.cli"}
 MAY_IMPORT = {
     "minilm": CLI,  # its public names
     "minilm.cli": CLI,
     "minilm.training": TRAINING,
+    "minilm.evaluation": EVALUATION,
     "minilm.objectives": OBJECTIVES,
     "minilm.models": MODELS,
     "minilm.data": DATA,

@@ -21,7 +21,7 @@ from minilm.models.teachers import read_teacher
 from minilm.models.weights import copy_ends, learning_rate_factors
 from minilm.objectives.embedding import sentence_embedding
 from minilm.objectives.masking import Masking
-from minilm.objectives.parsing import parse_layer_map, parse_relations
+from minilm.objectives.parsing import parse_layer_map, parse_layers, parse_relations
 from minilm.objectives.systems import (
     MASKING_FLAGS,
     SYSTEMS,
@@ -131,6 +131,7 @@ def _student(arguments: Arguments, teacher: PreTrainedModel) -> PreTrainedModel:
         num_heads=model.student_num_heads,
         intermediate_size=model.student_intermediate_size,
         init=model.student_init,
+        teacher_layers=None if model.student_init_layers is None else parse_layers(model.student_init_layers),
         seed=seed,
         with_head=with_head,
     )

@@ -66,8 +66,8 @@ def find_missing(given: Any) -> str | None:
         return "--teacher is given without --data"
     if given.output_dir is None:
         return "--output_dir is missing: the folder for the student, its checkpoints and the report"
-    sizes = [f"student_{size}" for size in ("num_layers", "hidden_size", "num_heads", "intermediate_size")]
-    sized = [f"--{name} {value}" for name in sizes if (value := getattr(given, name)) is not None]
+    sizes = ("num_layers", "hidden_size", "num_heads", "intermediate_size", "init_layers")
+    sized = [f"--{name} {value}" for size in sizes if (value := getattr(given, name := f"student_{size}")) is not None]
     if given.student is None and given.student_vocabulary is None and not sized:
         return "the student's size is missing: --student_num_layers, --student_hidden_size or both"
     sized += [f"--student_init {given.student_init}"] if given.student_init != "auto" else []

@@ -67,6 +67,10 @@ class ModelArguments:
             "random; random; auto: layers where the sizes match, else random."
         ),
     )
+    student_init_layers: str | None = field(
+        default=None,
+        metadata=_about("Layers of the teacher to start from instead, bottom to top, as in 1,3,6.", "LAYERS"),
+    )
     assistant_num_layers: int | None = field(
         default=None,
         metadata=_about(
@@ -134,6 +138,7 @@ class ObjectiveArguments:
     objective: Literal[
         "minilm",
         "minilm-v2",
+        "mlm",
         "mlm-kd",
         "distilbert",
         "tinybert",
@@ -147,14 +152,15 @@ class ObjectiveArguments:
     ] = field(
         default="minilm",
         metadata=_about(
-            "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm-kd: the teacher's logits "
-            "of masked tokens; distilbert: its logits of all tokens, the masked LM's loss and the cosine of the last "
-            "hidden states; tinybert: embeddings, hidden states and attention scores, layer by layer; tinybert-task: "
-            "these on a classifier's texts, in OUTPUT_DIR/intermediate, and then its answers; mobilebert: feature maps "
-            "and attention, layer by layer (-transfer), beside the logits of masked tokens and the masked LM's loss "
-            "(-distillation), or the one in OUTPUT_DIR/transfer and then the other (-joint), or the one for each layer "
-            "after those below, in OUTPUT_DIR/layer-1 and so on, and then the other (-progressive); embedding: the "
-            "vectors of sentences alone."
+            "minilm: relations QK and VV; minilm-v2: QQ, KK and VV over relation heads; mlm: the masked LM's loss "
+            "without the teacher; mlm-kd: the teacher's logits of masked tokens; distilbert: its logits of all "
+            "tokens, the masked LM's loss and the cosine of the last hidden states; tinybert: embeddings, hidden "
+            "states and attention scores, layer by layer; tinybert-task: these on a classifier's texts, in "
+            "OUTPUT_DIR/intermediate, and then its answers; mobilebert: feature maps and attention, layer by layer "
+            "(-transfer), beside the logits of masked tokens and the masked LM's loss (-distillation), or the one in "
+            "OUTPUT_DIR/transfer and then the other (-joint), or the one for each layer after those below, in "
+            "OUTPUT_DIR/layer-1 and so on, and then the other (-progressive); embedding: the vectors of sentences "
+            "alone."
         ),
     )
     relations: str | None = field(

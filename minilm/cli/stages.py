@@ -14,8 +14,9 @@ from minilm.cli.flags import ObjectiveArguments
 from minilm.errors import UsageError
 from minilm.models.layers import num_layers
 from minilm.models.teachers import loading
-from minilm.objectives.parsing import parse_layer_map
-from minilm.objectives.systems import SYSTEMS, TRANSFER_FLAGS, Stage, flags_of, transferred_layers
+from minilm.objectives.mobilebert import transferred_layers
+from minilm.objectives.parsing import parse_layer_map, parse_layers
+from minilm.objectives.systems import SYSTEMS, TRANSFER_FLAGS, Stage, flags_of
 from minilm.training.runs import METRICS, OccupiedError, check_equal, starting_point
 
 ASSISTANT = "assistant"  # the folder of the first run, in the output folder
@@ -25,6 +26,7 @@ NO_SIZES: dict[str, Any] = {
     "student_hidden_size": None,
     "student_num_heads": None,
     "student_intermediate_size": None,
+    "student_init_layers": None,
     "student_embedding_dim": None,
     "student_vocabulary": None,
 }
@@ -121,7 +123,8 @@ def _runs_of(stage: Stage, arguments: Arguments) -> dict[str, dict[str, Any]]:
         student = _config("student", model.student)
     else:
         student = copy.copy(teacher)
-        student.num_hidden_layers = model.student_num_layers or num_layers(teacher)
+        of_init = parse_layers(model.student_init_layers) if model.student_init_layers else ()
+        student.num_hidden_layers = model.student_num_layers or len(of_init) or num_layers(teacher)
     given = None if asked.layer_map is None else parse_layer_map(asked.layer_map)
     layers = transferred_layers(teacher, student, given)
     if len(layers) < num_layers(student):

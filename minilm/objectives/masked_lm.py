@@ -7,11 +7,13 @@ B batch, N tokens, M rows with labels, V vocabulary, d hidden size.
 """
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from minilm.errors import UsageError
 from minilm.models.batches import NO_LABEL, Batch, labels_of
-from minilm.models.heads import TokenOutput
+from minilm.models.heads import TokenOutput, has_vocabulary_head
 from minilm.models.observe import Needs, Observed
+from minilm.models.probes import is_causal
 from minilm.objectives.chunks import sum_over_rows
 from minilm.objectives.term import Term, Unit
 
@@ -63,3 +65,14 @@ def label_cross_entropy(
         return total, q.scatter_(1, chosen, q.gather(1, chosen) - 1)
 
     return sum_over_rows(hidden, weight, bias, cross_entropy)
+
+
+def check_masked_lm(teacher: PreTrainedModel) -> None:
+    """Raises `ValueError` for a teacher that is no masked LM."""
+    if not has_vocabulary_head(teacher):
+        kind = "classifies"
+    elif is_causal(teacher):
+        kind = "predicts the next token"
+    else:
+        return
+    raise UsageError(f"the teacher is a {type(teacher).__name__}, which {kind}: masked tokens need a masked LM")

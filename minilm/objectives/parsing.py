@@ -43,3 +43,15 @@ def parse_layer_map(text: str) -> dict[int, int]:
             raise UsageError(f"student layer {pair[0]} stands twice in {text!r}")
         layers[pair[0]] = pair[1]
     return layers
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layers in their order.
+
+    >>> parse_layers("1,3,-1")
+    [1, 3, -1]
+    """
+    try:
+        return [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{text!r} are no layers with commas between them, as in 1,3,6") from None

@@ -1,0 +1,1 @@
+"""Judging models downstream: tasks, frozen probes, fine-tuning."""

@@ -1,0 +1,172 @@
+"""The experiments' own logic on tiny models: which cells there are, what they run, how the loop goes on, the tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import stdev
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_text import lines, save_teacher
+from transformers import AutoModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import _cells
+import experiments
+import masked_lm_head
+import sentences
+from _cells import Sources, make, training_flags
+from _experiments import COMPARISONS, ENDS, HALF, LAYERS, PCA, QUICK, RANDOM, SYSTEMS, WHOLE, Cell, Comparison
+from _report import DOCUMENT, TASKS, ExperimentRow, table, values_by_line
+from _results import RESULTS, read_csv
+
+from minilm.cli.arguments import parse
+from minilm.objectives.systems import SYSTEMS as OBJECTIVES
+
+SMALL = Comparison(
+    "Small", (("teacher", "6x384", "", 0), ("untrained", WHOLE, RANDOM, 0), ("minilm", WHOLE, LAYERS, 2))
+)
+
+
+def rows(cell: Cell, values: dict[str, float]) -> list[ExperimentRow]:
+    return [ExperimentRow.of(cell, Path("wiki/texts.parquet"), task, value, "abc") for task, value in values.items()]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    path = tmp_path / "texts.parquet"
+    datasets.Dataset.from_dict({"text": lines(700)}).to_parquet(path)
+    return str(path)
+
+
+def test_cells_come_seed_by_seed_and_what_draws_nothing_once() -> None:
+    minilm, random = [("minilm", WHOLE, LAYERS, 2, seed) for seed in (1, 2)], ("untrained", WHOLE, RANDOM, 0)
+    expected = [Cell("teacher", "6x384", "", 0, 1), Cell(*random, 1), Cell(*minilm[0]), Cell(*random, 2)]
+    assert list(SMALL.cells((1, 2))) == [*expected, Cell(*minilm[1])]
+
+
+def test_every_run_is_one_that_the_command_line_takes(tmp_path: Path) -> None:
+    sources = Sources("t", "t-mlm", "d.parquet", tmp_path)
+    cells = [cell for comparison in [*COMPARISONS.values(), QUICK] for cell in comparison.cells((1, 2, 3))]
+    trained = [cell for cell in cells if SYSTEMS[cell.system].way == "train"]
+    assert len(trained) > 60
+    for cell in trained:
+        arguments = parse(training_flags(cell, sources))
+        system = OBJECTIVES[arguments.objective.objective]
+        assert (arguments.model.teacher == "t-mlm") == (system.head or arguments.objective.output_weight > 0)
+        assert arguments.training.seed == cell.seed
+    assert len({cell.name for cell in cells}) == len(set(cells))
+
+
+def test_a_stopped_loop_makes_only_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Cell] = []
+
+    def fake(cell: Cell, sources: Sources) -> str:
+        made.append(cell)
+        if cell.seed == 2 and cell.system == "minilm" and len(made) < 6:
+            raise RuntimeError("killed")
+        return cell.name
+
+    monkeypatch.setattr(experiments, "COMPARISONS", {"systems": SMALL})
+    monkeypatch.setattr(experiments, "make", fake)
+    monkeypatch.setattr(experiments, "read_tasks", lambda folder: None)
+    monkeypatch.setattr(experiments, "scores", lambda model, tasks: dict.fromkeys(TASKS, 50.0 + len(model)))
+    paths = ["--teacher", "t", "--data", "d", "--tasks", "x", "--work", str(tmp_path), "--out", str(tmp_path)]
+    assert experiments.main([*paths, "--seeds", "2"]) == 1
+    assert "minilm_3x384_layers_2_4_6_2_2: killed" in capsys.readouterr().err
+    assert len(made) == 5
+    assert experiments.main([*paths, "--seeds", "2"]) == 0
+    assert made[5:] == [Cell("minilm", WHOLE, LAYERS, 2, 2)]
+    measured = read_csv(ExperimentRow, tmp_path / "experiments.csv")
+    assert len(measured) == 5 * len(TASKS)
+    with pytest.raises(SystemExit):
+        experiments.main(paths[2:])
+    assert "--teacher is missing" in capsys.readouterr().err
+
+
+def test_a_line_is_the_mean_and_spread_over_its_seeds() -> None:
+    first, second = (dict(zip(TASKS, numbers, strict=True)) for numbers in ((80.0, 70, 60, 50), (82.0, 71, 60, 51)))
+    minilm = [rows(Cell("minilm", WHOLE, LAYERS, 2, seed), found) for seed, found in ((2, second), (1, first))]
+    half_done = rows(Cell("untrained", WHOLE, RANDOM, 0, 1), {"stsb": 1.0})
+    values = values_by_line([*minilm[0], *minilm[1], *half_done])
+    assert values == {
+        ("minilm", WHOLE, LAYERS, 2): {
+            **{task: [first[task], second[task]] for task in TASKS},
+            "mean": [65.0, 66.0],
+        }
+    }
+    line = table(SMALL, values).splitlines()[-1]
+    spreads = " | ".join(
+        f"{mean:.1f} ± {stdev(numbers):.1f}"
+        for mean, numbers in ((81, (80, 82)), (70.5, (70, 71)), (60, (60, 60)), (50.5, (50, 51)), (65.5, (65, 66)))
+    )
+    assert line == f"| minilm | 3x384 | {LAYERS} | 2 | {spreads} | 2 |"
+
+
+def test_starts_are_what_their_names_say(tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher", num_hidden_layers=6, hidden_size=384, num_attention_heads=12)
+    sources = Sources(str(teacher), None, "", tmp_path)
+    whole = AutoModel.from_pretrained(teacher).state_dict()
+
+    def start(student: str, name: str) -> dict[str, torch.Tensor]:
+        folder = make(Cell("untrained", student, name, 0, 1), sources)
+        return {key: tensor for key, tensor in AutoModel.from_pretrained(folder).state_dict().items()}
+
+    for name, taken in ((LAYERS, (1, 3, 5)), (ENDS, (0, 2, 5))):
+        weights = start(WHOLE, name)
+        for mine, theirs in enumerate(taken):
+            key = "encoder.layer.{}.attention.self.query.weight"
+            assert torch.equal(weights[key.format(mine)], whole[key.format(theirs)])
+    assert start(HALF, PCA)["embeddings.word_embeddings.weight"].shape[1] == 192
+    bare = load_file(Path(make(Cell("embeddings, no layers", "0x384", "", 0, 1), sources), "model.safetensors"))
+    assert torch.equal(bare["embeddings.word_embeddings.weight"], whole["embeddings.word_embeddings.weight"])
+    assert not [name for name in bare if name.startswith("encoder")]
+
+
+def test_a_run_that_fails_tells_its_last_line(tmp_path: Path) -> None:
+    sources = Sources(str(tmp_path / "nothing"), None, str(tmp_path / "no.parquet"), tmp_path / "work")
+    with pytest.raises(RuntimeError, match=r"minilm-train: error: .*nothing.* \(exit code 2, .*\.log\)"):
+        make(Cell("minilm", WHOLE, LAYERS, 2, 1), sources)
+
+
+def test_the_head_learns_and_the_encoder_stays(tmp_path: Path, texts: str) -> None:
+    teacher = save_teacher(tmp_path / "teacher")
+    before, after = masked_lm_head.train_head(str(teacher), texts, str(tmp_path / "head"), 8, 16)
+    assert after < before - 0.1
+    old, new = (load_file(folder / "model.safetensors") for folder in (teacher, tmp_path / "head"))
+    encoder = {name.removeprefix("bert."): tensor for name, tensor in new.items() if name.startswith("bert.")}
+    assert len(encoder) > 60
+    assert all(torch.equal(tensor, old[name]) for name, tensor in encoder.items())
+
+
+def test_sentence_transformers_recipe_trains_the_layers_that_are_named(tmp_path: Path, texts: str) -> None:
+    teacher, output = save_teacher(tmp_path / "teacher"), tmp_path / "out"
+    script = Path(_cells.__file__).with_name("_embed_distill.py")
+    subprocess.run([sys.executable, script, teacher, texts, output, "2,4", "cosine", "2", "1"], check=True)
+    assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 2
+    key = "encoder.layer.{}.output.dense.weight"
+    old, new = (load_file(folder / "model.safetensors") for folder in (teacher, output))
+    for mine, theirs in ((0, 1), (1, 3)):
+        distance = (new[key.format(mine)] - old[key.format(theirs)]).abs().max()
+        assert 0 < distance < 1e-2
+
+
+def test_sentences_end_where_they_end() -> None:
+    text = "This is the first sentence. And a second one, of 3.5 parts! Short. \nA line that ends here\n"
+    expected = ["This is the first sentence.", "And a second one, of 3.5 parts!", "A line that ends here"]
+    assert list(sentences.sentences([text])) == expected
+
+
+def test_the_tables_in_the_document_are_those_that_were_measured() -> None:
+    values = values_by_line(read_csv(ExperimentRow, RESULTS / "experiments.csv"))
+    document = DOCUMENT.read_text(encoding="utf-8")
+    for name, comparison in COMPARISONS.items():
+        told = document.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
+        assert told == table(comparison, values)
+        assert told.count("\n") > 3
