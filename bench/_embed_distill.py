@@ -16,7 +16,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.losses import EmbedDistillLoss
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 
 BATCH, MAX_LENGTH = 32, 64
 

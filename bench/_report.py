@@ -32,8 +32,17 @@ class ExperimentRow:
     def of(cls, cell: Cell, text: Path, task: str, value: float, commit: str) -> "ExperimentRow":
         """`text` is told by the file's name and its folder's."""
         told = f"{text.resolve().parent.name}/{text.name}"
-        where = {"student": cell.student, "start": cell.start, "steps": cell.steps, "seed": cell.seed}
-        return cls(system=cell.system, text=told, task=task, value=value, commit=commit, **where)
+        return cls(
+            system=cell.system,
+            student=cell.student,
+            start=cell.start,
+            text=told,
+            steps=cell.steps,
+            seed=cell.seed,
+            task=task,
+            value=value,
+            commit=commit,
+        )
 
     @property
     def cell(self) -> Cell:
