@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [QUICK] if args.quick else [COMPARISONS[name] for name in args.compare]
     cells = list(dict.fromkeys(chain.from_iterable(comparison.cells(seeds) for comparison in chosen)))
     done = {row.cell for row in old_rows(ExperimentRow, path)}
-    left = [cell for cell in cells if cell not in done and (args.head or not SYSTEMS[cell.system].head)]
+    wanted = [name for name in args.only or SYSTEMS if args.head or not SYSTEMS[name].head]
+    left = [cell for cell in cells if cell not in done and cell.system in wanted]
     print(f"{len(cells)} models, {len(left)} of them still to be made", flush=True)
 
     sources = Sources(args.teacher, args.head, args.data, args.work)
@@ -70,6 +71,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tasks", type=Path, metavar="DIR", help="folder of the tasks' folders")
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for the models")
     parser.add_argument("--compare", nargs="+", choices=COMPARISONS, default=["systems"], help="which tables")
+    parser.add_argument("--only", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help="of these tables some lines")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each cell (default: 3)")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--quick", action="store_true", help="ten minutes on a CPU; the results go to --work")

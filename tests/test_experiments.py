@@ -85,6 +85,8 @@ def test_a_stopped_loop_makes_only_what_is_left(
     assert made[5:] == [Cell("minilm", WHOLE, LAYERS, 2, 2)]
     measured = read_csv(ExperimentRow, tmp_path / "experiments.csv")
     assert len(measured) == 5 * len(TASKS)
+    assert experiments.main([*paths, "--seeds", "3", "--only", "untrained"]) == 0
+    assert made[6:] == [Cell("untrained", WHOLE, RANDOM, 0, 3)]
     with pytest.raises(SystemExit):
         experiments.main(paths[2:])
     assert "--teacher is missing" in capsys.readouterr().err
