@@ -63,7 +63,8 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         (train, heldout), copies, max_length = _images(arguments.data, processor, found), 0, None
         collator: Collator = stack_images
     else:
-        max_length = resolve_length(teacher, processor, arguments.data.max_length)
+        pairs = arguments.data.text_pair_column is not None
+        max_length = resolve_length(teacher, processor, arguments.data.max_length, pairs=pairs)
         found = find_sources(arguments.data.data or [])
         (train, heldout, copies), tokenizer, vocabulary = _texts(arguments, own, teacher, processor, max_length, found)
         collator = _collator(tokenizer, max_length)

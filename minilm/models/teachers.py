@@ -113,17 +113,23 @@ def auto_class(model: PreTrainedModel) -> Any:
     return _head_loader(type(model).__name__) or AutoModel
 
 
-def resolve_length(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+def resolve_length(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, pairs: bool = False
+) -> int:
     """`max_length` as given, or 512, or the teacher's positions where those are fewer.
+
+    Args:
+        pairs: whether two texts make a sequence.
 
     Raises:
         ValueError: more tokens than the teacher has positions, or none beside the special ones.
     """
     length = min(USUAL_LENGTH, _positions(teacher) or USUAL_LENGTH) if max_length is None else max_length
     check_length("teacher", teacher, length)
-    special = tokenizer.num_special_tokens_to_add()
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if length <= special:
-        raise UsageError(f"max_length {length} leaves no room beside the tokenizer's {special} special tokens")
+        of_pair = " of a pair" if pairs else ""
+        raise UsageError(f"max_length {length} leaves no room beside the tokenizer's {special} special tokens{of_pair}")
     return length
 
 
