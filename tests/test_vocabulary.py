@@ -35,6 +35,7 @@ from minilm.data.streams import TextStream
 from minilm.data.texts import Texts
 from minilm.data.vocabulary import Vocabulary, choose_vocabulary, count_stream, count_tokens, cut_tokenizer
 from minilm.models.vocabulary import cut_embeddings, named_tokens
+from minilm.objectives.term import Objective
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 Model = dict[str, Any]
@@ -422,6 +423,26 @@ def test_a_student_starts_with_the_teachers_rows(masked_lm: Path, lines: Path, c
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert metrics["agreement"]["start"] == {"correlation": pytest.approx(1), "neighbours": 1}
     assert all(ends["start"] == pytest.approx(0, abs=1e-5) for ends in metrics["heldout"].values())
+
+
+def test_terms_that_were_tried_on_the_whole_vocabulary_train_on_the_smaller(
+    masked_lm: Path, lines: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TinyBERT's read the embeddings, which are cut between the trial and the training, also where its loss is kept."""
+    probe: Any = Objective.probe
+    losses: list[torch.Tensor] = []
+
+    def kept(*models: Any) -> torch.Tensor:
+        losses.append(probe(*models))
+        return losses[-1]
+
+    monkeypatch.setattr(Objective, "probe", kept)
+    flags = ["--objective", "tinybert", "--output_weight", "0", "--student_hidden_size", "16"]
+    code, _, err = command(*run_of(masked_lm, lines, "out", *flags))
+    assert (code, err) == (0, "")
+    assert losses
+    before, after = (AutoModel.from_pretrained(folder) for folder in ("out/checkpoint-2", "out"))
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
 
 
 def test_too_large_a_vocabulary_ends_the_start(masked_lm: Path, lines: Path, command: CommandLine) -> None:
