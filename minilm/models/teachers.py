@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.errors import UsageError
 from minilm.models.heads import has_vocabulary_head, logits_of_first
+from minilm.models.probes import embedding_rows
 from minilm.models.teacher_files import explain, one_line
 
 USUAL_LENGTH = 512  # of the papers
@@ -262,7 +263,7 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
     special = len(tokenizer.all_special_tokens)
     if len(tokenizer) <= special:  # what transformers makes of a folder without tokenizer files
         raise UsageError(f"the tokenizer of {name!r} has no tokens but {special} special ones: are its files there?")
-    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    rows = embedding_rows(model)
     if len(tokenizer) > rows:
         raise UsageError(f"the tokenizer of {name!r} has {len(tokenizer)} tokens, the model embeds {rows}")
     try:
