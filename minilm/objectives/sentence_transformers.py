@@ -32,9 +32,12 @@ _HALVES = (torch.bfloat16, torch.float16)
 class RelationLoss(nn.Module):
     """The relation loss between the last layers of two models, in each column of a data set; labels are not read.
 
-    The loss is the mean over the sequences of all columns. The student's forward ends at its last layer's projections:
-    what stands above them gets no gradient, and is trained where another loss is added. Under DDP the Trainer's default
-    of `find_unused_parameters` allows for that; in a sum this loss then comes first.
+    The loss is the mean over the sequences of all columns. The Trainer averages the means of accumulated
+    batches and of ranks, as it does with every loss: sequences of a smaller batch count more.
+
+    The student's forward ends at its last layer's projections: what stands above them gets no gradient, and is trained
+    where another loss is added. Under DDP the Trainer's default of `find_unused_parameters` allows for that; in a sum
+    this loss then comes first.
 
     Args:
         model: the student.
