@@ -35,10 +35,13 @@ class HiddenMSE(Term):
         return 0.5 * mean, {"hidden_1": mean.detach()}
 
 
+def objective() -> Objective:
+    return Objective([Relations(MiniLMLoss()), HiddenMSE()])
+
+
 def one_step(folder: Path, batch: int, accumulation: int) -> None:
     """One step, and a resume from its checkpoint."""
-    terms = Objective([Relations(MiniLMLoss()), HiddenMSE()])
-    run = take_step(folder, batch, accumulation, criterion=terms, **WITH_PARAMETERS)
+    run = take_step(folder, batch, accumulation, criterion=objective(), **WITH_PARAMETERS)
     trained = run.terms[1].projection.weight
     saved = trained.detach().clone()
     with torch.no_grad():

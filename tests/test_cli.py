@@ -297,6 +297,11 @@ def test_values_that_no_flag_takes(command: CommandLine, teacher: str, data: str
     fails("At most one of fp16 and bf16", "--bf16", "--fp16")
     fails("label_names=['a'] means nothing here: there are no labels", "--label_names", "a")
     fails("use_liger_kernel=True is not supported", "--use_liger_kernel")
+    fails(
+        "has no effect here: accelerate shards a student over several GPUs, not over 1 process on c",
+        "--fsdp",
+        "offload",
+    )
     fails("debug='underflow_overflow' is not supported", "--debug", "underflow_overflow")
     fails("is no text in utf-8: rename what it names", "--run_name", b"a\xff".decode("utf-8", "surrogateescape"))
 
