@@ -347,6 +347,15 @@ def test_help_names_the_own_flags_first_and_all_of_the_trainers(command: Command
     assert "(default: None)" not in out
 
 
+@pytest.mark.parametrize("flag", ["--help", "--list_recipes", "--no_such_flag"])
+def test_what_ends_before_a_run_loads_no_models(flag: str) -> None:
+    told = f"import sys\nfrom minilm.cli import main\ntry:\n    main([{flag!r}])\nexcept SystemExit:\n    pass\n"
+    heavy = "{'transformers.modeling_utils', 'minilm.objectives.systems', 'datasets'} & sys.modules.keys()"
+    code = f"{told}print({heavy}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "set()"
+
+
 def test_the_module_is_light_and_missing_packages_are_one_line(tmp_path: Path) -> None:
     """In a process of its own, where transformers is not importable."""
     script = (
