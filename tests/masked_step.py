@@ -3,13 +3,11 @@
 python -m torch.distributed.run --nproc_per_node=2 masked_step.py FOLDER BATCH ACCUMULATION
 """
 
-import gc
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from one_step import DEFAULTS, LENGTHS, NO_DROPOUT, sequences
+from one_step import DEFAULTS, LENGTHS, NO_DROPOUT, as_script, sequences
 from tiny_models import tiny_model
 from tiny_text import tiny_tokenizer
 from transformers import DataCollatorWithPadding, TrainingArguments
@@ -69,5 +67,4 @@ def two_steps(folder: Path, batch: int, accumulation: int) -> None:
 
 
 if __name__ == "__main__":
-    two_steps(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    gc.collect()  # what still holds gloo's group when the interpreter ends makes it abort
+    as_script(two_steps)

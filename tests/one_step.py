@@ -14,9 +14,11 @@ import torch
 from tiny_models import VOCABULARY, tiny_model
 from tiny_text import tiny_tokenizer
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
+from two_ranks import Step
 
 from minilm import MiniLMLoss
 from minilm.models.students import build_student
+from minilm.objectives.term import Objective
 from minilm.training.trainer import DistillationTrainer
 
 LENGTHS = (5, 9, 2, 7, 12, 3, 6)
@@ -35,6 +37,7 @@ DEFAULTS = {
     "dataloader_pin_memory": False,
     "use_cpu": True,
 }
+WITH_PARAMETERS = {"learning_rate": 0.1, "save_strategy": "steps", "save_steps": 1}  # of a term: a checkpoint has them
 
 
 def sequences(lengths: tuple[int, ...] = LENGTHS, empty: int = 0) -> datasets.Dataset:
@@ -50,7 +53,7 @@ def trainer(
     folder: Path,
     *,
     teacher: PreTrainedModel | None = None,
-    criterion: MiniLMLoss | None = None,
+    criterion: MiniLMLoss | Objective | None = None,
     train_dataset: Any = None,
     own: dict[str, Any] | None = None,
     **options: Any,
@@ -72,8 +75,8 @@ def trainer(
     )
 
 
-def one_step(folder: Path, batch: int, accumulation: int) -> None:
-    """Twelve sequences in one step, four of them empty; saves the student and what was logged."""
+def take_step(folder: Path, batch: int, accumulation: int, **options: Any) -> DistillationTrainer:
+    """Twelve sequences in one step, four of them empty; saves the student, what was logged and an evaluation."""
     run = trainer(
         folder,
         teacher=tiny_model("bert", **NO_DROPOUT),
@@ -81,17 +84,27 @@ def one_step(folder: Path, batch: int, accumulation: int) -> None:
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=3,
+        **options,
     )
     run.train()
     run.save_model()
     evaluation = run.evaluate(sequences())  # of seven, which two ranks do not share evenly
     if run.args.should_save:
-        logged = {name: run.state.log_history[0][name] for name in ("loss", "qk", "vv")}
-        logged |= {f"eval_{name}": evaluation[f"eval_{name}"] for name in ("loss", "qk", "vv")}
+        logged = {name: run.state.log_history[0][name] for name in ("loss", *run.parts)}
+        logged |= {f"eval_{name}": evaluation[f"eval_{name}"] for name in ("loss", *run.parts)}
         (folder / "log.json").write_text(json.dumps(logged))
-    run.end()
+    return run
+
+
+def one_step(folder: Path, batch: int, accumulation: int) -> None:
+    take_step(folder, batch, accumulation).end()
+
+
+def as_script(step: Step) -> None:
+    """With the arguments FOLDER BATCH ACCUMULATION."""
+    step(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    gc.collect()  # what still holds gloo's group when the interpreter ends makes it abort
 
 
 if __name__ == "__main__":
-    one_step(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    gc.collect()  # what still holds gloo's group when the interpreter ends makes it abort
+    as_script(one_step)

@@ -3,14 +3,10 @@
 python -m torch.distributed.run --nproc_per_node=2 own_term.py FOLDER BATCH ACCUMULATION
 """
 
-import gc
-import json
-import sys
 from pathlib import Path
 
 import torch
-from one_step import LENGTHS, NO_DROPOUT, sequences, trainer
-from tiny_models import tiny_model
+from one_step import WITH_PARAMETERS, as_script, take_step
 from torch import Tensor, nn
 
 from minilm import MiniLMLoss
@@ -39,27 +35,13 @@ class HiddenMSE(Term):
         return 0.5 * mean, {"hidden_1": mean.detach()}
 
 
+def objective() -> Objective:
+    return Objective([Relations(MiniLMLoss()), HiddenMSE()])
+
+
 def one_step(folder: Path, batch: int, accumulation: int) -> None:
-    """Twelve sequences in one step, four of them empty; saves the student and what was logged, and resumes."""
-    run = trainer(
-        folder,
-        teacher=tiny_model("bert", **NO_DROPOUT),
-        criterion=Objective([Relations(MiniLMLoss()), HiddenMSE()]),
-        train_dataset=sequences((*LENGTHS, 4), empty=4),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=3,
-        learning_rate=0.1,
-        save_strategy="steps",
-        save_steps=1,
-    )
-    run.train()
-    run.save_model()
-    evaluation = run.evaluate(sequences())  # of seven, which two ranks do not share evenly
-    if run.args.should_save:
-        logged = {name: run.state.log_history[0][name] for name in ("loss", *run.parts)}
-        logged |= {f"eval_{name}": evaluation[f"eval_{name}"] for name in ("loss", *run.parts)}
-        (folder / "log.json").write_text(json.dumps(logged))
+    """One step, and a resume from its checkpoint."""
+    run = take_step(folder, batch, accumulation, criterion=objective(), **WITH_PARAMETERS)
     trained = run.terms[1].projection.weight
     saved = trained.detach().clone()
     with torch.no_grad():
@@ -71,5 +53,4 @@ def one_step(folder: Path, batch: int, accumulation: int) -> None:
 
 
 if __name__ == "__main__":
-    one_step(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    gc.collect()  # what still holds gloo's group when the interpreter ends makes it abort
+    as_script(one_step)

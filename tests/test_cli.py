@@ -297,6 +297,11 @@ def test_values_that_no_flag_takes(command: CommandLine, teacher: str, data: str
     fails("At most one of fp16 and bf16", "--bf16", "--fp16")
     fails("label_names=['a'] means nothing here: there are no labels", "--label_names", "a")
     fails("use_liger_kernel=True is not supported", "--use_liger_kernel")
+    fails(
+        "has no effect here: accelerate shards a student over several GPUs, not over 1 process on c",
+        "--fsdp",
+        "offload",
+    )
     fails("debug='underflow_overflow' is not supported", "--debug", "underflow_overflow")
     fails("is no text in utf-8: rename what it names", "--run_name", b"a\xff".decode("utf-8", "surrogateescape"))
 
@@ -340,6 +345,15 @@ def test_help_names_the_own_flags_first_and_all_of_the_trainers(command: Command
         if TrainingArguments.__dataclass_fields__[name].init:
             assert f"--{name}" in out
     assert "(default: None)" not in out
+
+
+@pytest.mark.parametrize("flag", ["--help", "--list_recipes", "--no_such_flag"])
+def test_what_ends_before_a_run_loads_no_models(flag: str) -> None:
+    told = f"import sys\nfrom minilm.cli import main\ntry:\n    main([{flag!r}])\nexcept SystemExit:\n    pass\n"
+    heavy = "{'transformers.modeling_utils', 'minilm.objectives.systems', 'datasets'} & sys.modules.keys()"
+    code = f"{told}print({heavy}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "set()"
 
 
 def test_the_module_is_light_and_missing_packages_are_one_line(tmp_path: Path) -> None:

@@ -119,6 +119,28 @@ def test_packed_texts_and_a_pooling_of_ones_own(command: CommandLine, teacher: s
     assert json.loads(Path("out/1_Pooling/config.json").read_text())["pooling_mode"] == pooling
 
 
+def test_other_sentence_modules_are_another_run(command: CommandLine, teacher: str) -> None:
+    def write(value: float, activation: torch.nn.Module) -> None:
+        dense = Dense(32, 8, activation=activation)
+        torch.nn.init.constant_(dense.weight, value)
+        torch.nn.init.zeros_(dense.bias)
+        head = SentenceHead(["mean"], [dense, Normalize()])
+        write_head(Path(teacher), head, 32, head.state_dict(), None)
+
+    write(0.1, torch.nn.Tanh())
+    distil(command, teacher, "out", "--objective", "embedding")
+    resumed = ["--objective", "embedding", "--resume_from_checkpoint", "out/checkpoint-2"]
+    run = ["--teacher", teacher, "--data", "texts.txt", "--output_dir", "again", *RUN, *resumed]
+    for change, told in (
+        ((0.2, torch.nn.Tanh()), "its hash of the teacher's sentence modules is "),
+        ((0.1, torch.nn.GELU()), "its sentence_modules is ['Dense', 'Tanh', 'Normalize'], this run's is ['D"),
+    ):
+        write(*change)
+        code, _, err = command(*run)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"belongs to another run: {told}" in err
+
+
 def test_flags_that_mean_nothing_are_refused(command: CommandLine, teacher: str, data: str) -> None:
     def told(*flags: str) -> str:
         code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *RUN, *flags)

@@ -37,7 +37,9 @@ def test_a_copy_is_a_pair_that_is_held_out() -> None:
     assert without_copies(train, heldout)["pair"][:] == ["c", ""]
 
 
-def test_where_there_are_no_pairs(tmp_path: Path, command: CommandLine, teacher: str, data: str) -> None:
+def test_where_there_are_no_pairs(
+    tmp_path: Path, command: CommandLine, teacher: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_pairs(tmp_path / "pairs.csv")
     flags = ["--text_column", "premise", "--student_num_layers", "2", "--output_dir", "out", "--use_cpu"]
 
@@ -48,7 +50,13 @@ def test_where_there_are_no_pairs(tmp_path: Path, command: CommandLine, teacher:
 
     assert "is plain text, which has no column 'pair'" in told(data, "--text_pair_column", "pair")
     pairs = str(tmp_path / "pairs.csv")
-    assert "has no column 'pair'" in told(pairs, "--text_pair_column", "pair")
+    wanted = "has no column 'pair'; choose with --text_pair_column from ['premise', 'hypothesis']"
+    assert wanted in told(pairs, "--text_pair_column", "pair")
+    hub = datasets.Dataset.from_dict({"premise": ["a"], "hypothesis": ["b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    assert wanted in told("on/the-hub", "--text_pair_column", "pair")
+    room = ["--max_length", "3", "--text_pair_column", "hypothesis"]
+    assert "max_length 3 leaves no room beside the tokenizer's 3 special tokens of a pair" in told(pairs, *room)
     stream = ["--streaming", "--max_steps", "2", "--text_pair_column", "hypothesis"]
     assert "--text_pair_column hypothesis is not read from a stream" in told(pairs, *stream)
     assert "--text_pair_column hypothesis does not go with --packing" in told(

@@ -1,6 +1,7 @@
 """The relation loss as Sentence Transformers' Trainer takes it."""
 
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from one_step import NO_DROPOUT
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 from tiny_text import lines, save_teacher, tiny_tokenizer
 from tokenizers import normalizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from two_ranks import whole_halves_and_ranks
 
 from minilm import RelationLoss, capture
 
@@ -257,6 +260,21 @@ def test_data_parallel_ranks_average_its_gradients(student: Any, teacher: Any, b
         for name, gradient in expected.items():
             torch.testing.assert_close(twice[name], 2 * gradient)
     assert len(averaged) >= 2
+
+
+def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path) -> None:
+    """Under their Trainer a step is the mean of its micro-batches' means: equal to one where these have equal sizes."""
+    pytest.importorskip("sentence_transformers")
+    from relation_step import one_step
+
+    folders = whole_halves_and_ranks("relation_step.py", tmp_path, one_step)
+    first, *others = [load_file(folder / "model.safetensors") for folder in folders]
+    start = load_file(tmp_path / "whole" / "start" / "model.safetensors")
+    assert sum(not torch.equal(x, start[name]) for name, x in first.items()) > 20
+    logged = [json.loads((folder / "log.json").read_text()) for folder in folders]
+    for other, loss in zip(others, logged[1:], strict=True):
+        torch.testing.assert_close(other, first, rtol=1e-5, atol=1e-6)
+        assert loss == pytest.approx(logged[0], rel=1e-5)
 
 
 def test_needs_not_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from one_step import LENGTHS, sequences, trainer
-from own_term import HiddenMSE, one_step
+from own_term import HiddenMSE, objective, one_step
+from sharded_step import one_step as other_step
 from test_trainer import StopAt, assert_close, weights
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor
 from transformers import AutoModel, Trainer, TrainerState
-from two_ranks import whole_halves_and_ranks
+from two_ranks import Step, whole_halves_and_ranks
 
 from minilm import MiniLMLoss, attention_qkv, fused_minilm_loss
 from minilm.models.observe import Needs, observe
@@ -25,10 +26,6 @@ from minilm.training.trainer import DistillationTrainer
 
 SMALL_BATCH = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "linear", "max_steps": 7}
-
-
-def objective() -> Objective:
-    return Objective([Relations(MiniLMLoss()), HiddenMSE()])
 
 
 def state(run: DistillationTrainer) -> dict[str, Tensor]:
@@ -90,9 +87,10 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path) -> None:
-    """The ranks then resume from their own checkpoint: bitwise what they were."""
-    folders = whole_halves_and_ranks("own_term.py", tmp_path, one_step)
+@pytest.mark.parametrize(("script", "steps"), [("own_term.py", one_step), ("sharded_step.py", other_step)])
+def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path, script: str, steps: Step) -> None:
+    """Whether a rank holds all or a shard. The former then resume from their own checkpoint: bitwise what they were."""
+    folders = whole_halves_and_ranks(script, tmp_path, steps)
     first, *others = [
         AutoModel.from_pretrained(folder).state_dict() | torch.load(folder / "checkpoint-1" / OBJECTIVE)
         for folder in folders

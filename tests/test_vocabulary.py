@@ -33,8 +33,9 @@ from minilm.cli.demo import docstrings
 from minilm.cli.stages import stages
 from minilm.data.streams import TextStream
 from minilm.data.texts import Texts
-from minilm.data.vocabulary import Vocabulary, choose_vocabulary, count_stream, count_tokens, cut_tokenizer
+from minilm.data.vocabulary import Vocabulary, choose_vocabulary, count_stream, count_tokens, cut_tokenizer, find_kept
 from minilm.models.vocabulary import cut_embeddings, named_tokens
+from minilm.objectives.term import Objective
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 Model = dict[str, Any]
@@ -299,6 +300,7 @@ FAMILIES = [
     *(("bert", "Model"), ("bert", "ForMaskedLM"), ("bert", "ForSequenceClassification"), ("roberta", "ForMaskedLM")),
     *(("xlm-roberta", "Model"), ("distilbert", "ForMaskedLM"), ("electra", "ForMaskedLM"), ("albert", "ForMaskedLM")),
     *(("modernbert", "ForMaskedLM"), ("gpt2", "LMHeadModel"), ("llama", "ForCausalLM"), ("mobilebert", "Model")),
+    *(("mobilebert", "ForMaskedLM"), ("mobilebert", "ForPreTraining")),
 ]
 
 
@@ -345,9 +347,7 @@ def test_numbers_of_tokens_in_the_config_are_the_new_ones() -> None:
 
 
 def test_a_model_that_knows_more_of_a_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="the MobileBertForMaskedLM cannot be cut to --student_vocabulary: its emb"):
-        cut_embeddings(tiny_model("mobilebert", "ForMaskedLM"), KEPT)
-    with pytest.raises(ValueError, match="the EsmModel cannot be cut to --student_vocabulary"):
+    with pytest.raises(ValueError, match="the EsmModel cannot be cut to --student_vocabulary: its embeddings are not"):
         cut_embeddings(tiny_model("esm"), KEPT)
 
 
@@ -424,12 +424,78 @@ def test_a_student_starts_with_the_teachers_rows(masked_lm: Path, lines: Path, c
     assert all(ends["start"] == pytest.approx(0, abs=1e-5) for ends in metrics["heldout"].values())
 
 
+def test_terms_that_were_tried_on_the_whole_vocabulary_train_on_the_smaller(
+    masked_lm: Path, lines: Path, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TinyBERT's read the embeddings, which are cut between the trial and the training, also where its loss is kept."""
+    probe: Any = Objective.probe
+    losses: list[torch.Tensor] = []
+
+    def kept(*models: Any) -> torch.Tensor:
+        losses.append(probe(*models))
+        return losses[-1]
+
+    monkeypatch.setattr(Objective, "probe", kept)
+    flags = ["--objective", "tinybert", "--output_weight", "0", "--student_hidden_size", "16"]
+    code, _, err = command(*run_of(masked_lm, lines, "out", *flags))
+    assert (code, err) == (0, "")
+    assert losses
+    before, after = (AutoModel.from_pretrained(folder) for folder in ("out/checkpoint-2", "out"))
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+
+
 def test_too_large_a_vocabulary_ends_the_start(masked_lm: Path, lines: Path, command: CommandLine) -> None:
     code, _, err = command(*run_of(masked_lm, lines, "out", "--student_vocabulary", "1190"))
     assert (code, err.count("\n")) == (2, 1)
     assert "--student_vocabulary is 1190, and the text to train on uses " in err
     code, _, err = command(*run_of(masked_lm, lines, "out", "--student_vocabulary", "0"))
     assert (code, err) == (2, "minilm-train: error: --student_vocabulary is 0: it must be at least 1\n")
+
+
+def test_a_student_that_was_cut_alike_goes_on(masked_lm: Path, lines: Path, command: CommandLine) -> None:
+    assert command(*run_of(masked_lm, lines, "first"))[0] == 0
+    argv = run_of(masked_lm, lines, "second", "--student", "first", "--learning_rate", "0")
+    sizes = argv.index("--student_num_layers")
+    del argv[sizes : sizes + 2]
+    code, _, err = command(*argv)
+    assert (code, err) == (0, "")
+    first, second = (AutoModelForMaskedLM.from_pretrained(folder) for folder in ("first", "second"))
+    assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in ("first", "second")]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    ends = [json.loads(Path(folder, "metrics.json").read_text()) for folder in ("first", "second")]
+    assert ends[1]["heldout"]["output"]["start"] == pytest.approx(ends[0]["heldout"]["output"]["end"], rel=1e-4)
+    assert ends[1]["parameters"] == ends[0]["parameters"]
+
+    rows = len(tokenizers[0])
+    code, _, err = command(*argv, "--student_vocabulary", "160", "--output_dir", "other")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--student_vocabulary 160 keeps " in err
+    assert f" for the text to train on, and the student 'first' was cut to {rows}: it lacks '" in err
+    AutoTokenizer.from_pretrained(masked_lm).save_pretrained("first")
+    code, _, err = command(*argv, "--output_dir", "other")
+    assert (code, err) == (
+        2,
+        f"minilm-train: error: the student 'first' embeds {rows} tokens, its tokenizer has 1200\n",
+    )
+
+
+def test_only_a_cut_tokenizer_tells_what_was_kept() -> None:
+    whole = word_piece()
+    kept = [*range(5), *range(40, 90, 7)]
+    cut = cut_tokenizer(whole, kept)
+    assert find_kept(whole, cut) == kept
+    with pytest.raises(ValueError, match=r"of 1200 tokens is not the teacher's of 13 cut: '.*' is none of the teacher"):
+        find_kept(cut, whole)
+    fifth, last = (str(cut.convert_ids_to_tokens(number)) for number in (5, 12))
+    spelt = (
+        cut.backend_tokenizer.to_str().replace(f'"{fifth}":5', f'"{fifth}":12').replace(f'"{last}":12', f'"{last}":5')
+    )
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(spelt))
+    with pytest.raises(
+        ValueError, match=r"of 13 tokens is not the teacher's of 1200 cut: '.*' is its token 12, and .* 5"
+    ):
+        find_kept(whole, other)
 
 
 def test_an_assistant_has_the_whole_vocabulary(masked_lm: Path, lines: Path) -> None:

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+Step = Callable[[Path, int, int], None]  # its folder, batch and accumulation
 
-def whole_halves_and_ranks(script: str, folder: Path, steps: Callable[[Path, int, int], None]) -> list[Path]:
+
+def whole_halves_and_ranks(script: str, folder: Path, steps: Step) -> list[Path]:
     """The folders that the three leave.
 
     Args:

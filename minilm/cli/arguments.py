@@ -15,7 +15,6 @@ from minilm.cli.demo import OUTPUT_DIR
 from minilm.cli.flags import DataArguments, ModelArguments, ObjectiveArguments, RunArguments, TrainerArguments
 from minilm.cli.terminal import OneLineErrors
 from minilm.errors import reason
-from minilm.objectives.systems import own_defaults
 
 DESCRIPTION = """\
 Distil a Transformer into a small one by its self-attention relations (MiniLM).
@@ -89,24 +88,25 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         parser.error(str(error))
     if broken := next((argument for argument in argv if not _is_unicode(argument)), None):
         parser.error(f"the argument {broken!r} is no text in {sys.getfilesystemencoding()}: rename what it names")
-    given, _ = parser.parse_known_args(argv, Namespace(**dict.fromkeys(MODES)))
+    given, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(MODES)))
     if given.list_recipes:
         print(recipes.listing())
         parser.exit()
     if problem := find_meaningless(given, parser, groups):
         parser.error(problem)
+    if unknown:
+        parser.error(_unknown(unknown, parser))
+    # Here and not above: it takes seconds, for which help and wrong flags need not wait.
+    from minilm.objectives.systems import own_defaults
+
     parser.set_defaults(**own_defaults(given.objective))
     demo = given.teacher is None and given.data is None
     if demo:
         parser.set_defaults(**DEMO)
     try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
+        parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except Exception as error:  # of TrainingArguments, which check themselves and build what some flags ask for
         parser.error(reason(error))
-    if unknown:
-        parser.error(_unknown(unknown, parser))
     if problem := find_data_flag(given) if demo else find_missing(given):
         parser.error(problem)
     model, data, objective, run, training = parsed

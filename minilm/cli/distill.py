@@ -25,7 +25,7 @@ from minilm.cli.rehearsal import rehearsal_arguments, rehearse
 from minilm.cli.report import Metrics, overview, publish_report
 from minilm.cli.serving import serves
 from minilm.cli.trial import try_out
-from minilm.data.vocabulary import cut_tokenizer
+from minilm.cli.vocabulary import cut_as_student, cut_both
 from minilm.errors import reason, tried
 from minilm.models.agreement import FEWEST_TEXTS, Agreement
 from minilm.models.batches import check_packable
@@ -35,7 +35,7 @@ from minilm.models.sentence_modules import SentenceHead, read_head
 from minilm.models.speed import measure_speed
 from minilm.models.students import count_parameters
 from minilm.models.teachers import auto_class, check_length, quiet, read_teacher
-from minilm.models.vocabulary import cut_embeddings
+from minilm.models.vocabulary import named_tokens
 from minilm.objectives.embedding import embedding_of
 from minilm.objectives.term import Objective
 from minilm.training.arguments import check_arguments
@@ -59,6 +59,8 @@ class Models(NamedTuple):
     saved_processor: Any  # as it is saved with the student
     sentences: SentenceFiles | None  # of the teacher
     size: dict[str, int]  # of the teacher as it was loaded, its parameters
+    named: set[int]  # tokens of the teacher as it was loaded that it knows by number
+    kept: list[int] | None  # tokens to which both were cut before, where the student came so
 
 
 @dataclass
@@ -101,11 +103,11 @@ def _prepare(arguments: Arguments, later: Sequence[Arguments]) -> Run:
     check_arguments(training)
     models = _build(arguments, later)
     with training.main_process_first(desc="reading the data"):
-        inputs = load_inputs(arguments, models.teacher, models.processor)
+        inputs = load_inputs(arguments, models.teacher, models.processor, models.named)
     if inputs.description["max_length"]:
         check_length("student", models.student, inputs.description["max_length"])
     if inputs.vocabulary:
-        models = _cut(models, inputs.vocabulary.kept)
+        models = _cut(arguments, models, inputs.vocabulary.kept)
     identity = run_identity(arguments, models.objective, models.teacher, models.student, inputs)
     if checkpoint:
         check_same_run(checkpoint, identity)
@@ -129,7 +131,10 @@ def _build(arguments: Arguments, later: Sequence[Arguments]) -> Models:
     name = arguments.model.teacher or str(teacher_folder())
     torch.manual_seed(arguments.training.seed)  # for what the weights lack, a pooler: alike when the run is continued
     teacher, processor, saved_processor = read_teacher(name, head=needs_head(arguments))
-    sentences = sentence_files(name) if isinstance(processor, PreTrainedTokenizerBase) else None
+    is_text = isinstance(processor, PreTrainedTokenizerBase)
+    sentences = sentence_files(name) if is_text else None
+    size, named = count_parameters(teacher), named_tokens(teacher) if is_text else set()
+    kept = cut_as_student(arguments.model, teacher, processor)
     with tried("cannot build the student"):
         student, objective = student_and_objective(arguments, teacher, sentences)
     try_later(later, arguments, teacher, student)
@@ -137,16 +142,13 @@ def _build(arguments: Arguments, later: Sequence[Arguments]) -> Models:
         check_packable(teacher)
         check_packable(student)
         check_whole_rows(teacher, objective)
-    return Models(name, teacher, student, objective, processor, saved_processor, sentences, count_parameters(teacher))
+    return Models(name, teacher, student, objective, processor, saved_processor, sentences, size, named, kept)
 
 
-def _cut(models: Models, kept: Sequence[int]) -> Models:
+def _cut(arguments: Arguments, models: Models, kept: Sequence[int]) -> Models:
     """Both models know the kept tokens alone, so that they read the same text under the same numbers."""
-    for model in (models.teacher, models.student):
-        with tried("cannot cut the embeddings to --student_vocabulary"):
-            cut_embeddings(model, kept)
-    tokenizers = cast(list[PreTrainedTokenizerBase], [models.processor, models.saved_processor])
-    processor, saved = (cut_tokenizer(tokenizer, kept) for tokenizer in tokenizers)
+    both, processors = [models.teacher, models.student], [models.processor, models.saved_processor]
+    processor, saved = cut_both(arguments.model, both, processors, kept, models.kept)
     return models._replace(processor=processor, saved_processor=saved)
 
 

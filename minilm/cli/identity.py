@@ -4,11 +4,13 @@ import hashlib
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from minilm.cli.arguments import Arguments, own_arguments
 from minilm.cli.inputs import Inputs
 from minilm.models.layers import num_layers, resolve_layer
+from minilm.objectives.embedding import embedding_of
 from minilm.objectives.term import Objective
 
 SAMPLES = 1 << 16  # numbers of a tensor
@@ -48,6 +50,7 @@ def run_identity(
     training = arguments.training
     own = own_arguments(arguments)
     theirs: dict[str, Any] = training.to_dict()  # type: ignore[no-untyped-call]
+    embedding = embedding_of(objective)
     at_once = training.train_batch_size * training.world_size
     return {
         "student": sizes(student),
@@ -61,11 +64,12 @@ def run_identity(
         "fingerprint of the data": inputs.fingerprint,
         **({"hash of the student's tokens": inputs.vocabulary.fingerprint} if inputs.vocabulary else {}),
         "hash of the teacher's weights": hash_weights(teacher),
+        **({"hash of the teacher's sentence modules": hash_weights(embedding.teacher_head)} if embedding else {}),
         **({"hash of the student's first weights": hash_weights(student)} if arguments.model.student else {}),
     }
 
 
-def hash_weights(model: PreTrainedModel) -> str:
+def hash_weights(model: nn.Module) -> str:
     """SHA-256 of names, shapes and numbers: of a tensor all up to 65,536, of a larger one so many, evenly spread.
 
     Training changes each of them; a single row of a large matrix that was set by hand may pass unnoticed.

@@ -1,6 +1,6 @@
 """What a run trains on: texts or images, indexed or streamed, packed or padded, with their collator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,6 @@ from minilm.data.texts import Found, Texts, find_sources, fingerprint_source, sp
 from minilm.data.vocabulary import Vocabulary, choose_vocabulary, count_stream, count_tokens, cut_tokenizer
 from minilm.errors import UsageError
 from minilm.models.teachers import resolve_length
-from minilm.models.vocabulary import named_tokens
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor
 # Of a stream that is counted: the same texts however many processes will train.
@@ -48,8 +47,11 @@ class Inputs:
     vocabulary: Vocabulary | None
 
 
-def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Processor) -> Inputs:
+def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Processor, named: Iterable[int]) -> Inputs:
     """Everything that stands under --data, in the teacher's inputs, or the smaller vocabulary's.
+
+    Args:
+        named: tokens that a smaller vocabulary keeps, because the teacher knows them by number.
 
     Raises:
         ValueError: nothing there, no such column, flags that do not go together.
@@ -63,9 +65,10 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         (train, heldout), copies, max_length = _images(arguments.data, processor, found), 0, None
         collator: Collator = stack_images
     else:
-        max_length = resolve_length(teacher, processor, arguments.data.max_length)
+        pairs = arguments.data.text_pair_column is not None
+        max_length = resolve_length(teacher, processor, arguments.data.max_length, pairs=pairs)
         found = find_sources(arguments.data.data or [])
-        (train, heldout, copies), tokenizer, vocabulary = _texts(arguments, own, teacher, processor, max_length, found)
+        (train, heldout, copies), tokenizer, vocabulary = _texts(arguments, own, processor, max_length, found, named)
         collator = _collator(tokenizer, max_length)
     packing = arguments.data.packing
     sequences = None if isinstance(train, TextStream) else len(train)
@@ -105,10 +108,10 @@ class _Tokenised(NamedTuple):
 def _texts(
     arguments: Arguments,
     own: list[str],
-    teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     found: Found,
+    named: Iterable[int],
 ) -> _Tokenised:
     """Sequences to train on and held out, by the teacher's tokenizer or what --student_vocabulary leaves of it."""
     size, vocabulary = arguments.model.student_vocabulary, None
@@ -123,7 +126,7 @@ def _texts(
             counts = count_tokens(texts, tokenizer, max_length)
         else:
             counts = count_stream(_stream(arguments, tokenizer, max_length, found, **_ONE_READER))
-        vocabulary = choose_vocabulary(tokenizer, counts, size, named_tokens(teacher))
+        vocabulary = choose_vocabulary(tokenizer, counts, size, named)
         tokenizer = cut_tokenizer(tokenizer, vocabulary.kept)
     if texts:
         return _Tokenised(texts.tokenize(tokenizer, max_length), tokenizer, vocabulary)

@@ -33,6 +33,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return fail(PROGRAM, missing, 1)
     # Here and not above: they take seconds, and the line before must work without them.
     from minilm.cli.arguments import parse
+
+    arguments = parse(argv)
+    # These take longer still, for which help and wrong flags need not wait.
     from minilm.cli.distill import dry_run, prepare, train
     from minilm.cli.report import overview
     from minilm.cli.stages import stages
@@ -40,7 +43,6 @@ def _run(argv: Sequence[str] | None) -> int:
     from minilm.errors import NonFiniteError
     from minilm.training.checkpoints import CheckpointError
 
-    arguments = parse(argv)
     main_process = arguments.training.should_save
     try:
         with _refusals():

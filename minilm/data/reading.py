@@ -58,14 +58,25 @@ def kind_of(path: Path) -> str | None:
     return None if plain != path and kind in ("parquet", "arrow") else kind
 
 
-def read_rows(path: Path, column: str, start: int = 0) -> Iterator[list[str | None]]:
+class _NoColumnError(ValueError):
+    """A file has other columns, `columns`."""
+
+    def __init__(self, columns: list[str]) -> None:
+        super().__init__(columns)
+        self.columns = columns
+
+
+def read_rows(path: Path, column: str, start: int = 0, flag: str = "text_column") -> Iterator[list[str | None]]:
     """The values of a column from row `start` (of 0, 1, ...) on, some at a time; plain text is all one column.
+
+    Args:
+        flag: that names the column, for the error.
 
     Raises:
         DataError: a file or row that cannot be read, no such column in the file, a value that is not text.
     """
     row = start
-    with faults_at(lambda: f"{str(path)!r} at row {row + 1}"):
+    with faults_at(lambda: f"{str(path)!r} at row {row + 1}"), _of_flag(flag, path, column):
         if not path.stat().st_size:
             return
         for values in _READERS[str(kind_of(path))](path, column, start):
@@ -83,8 +94,17 @@ def try_file(path: Path, column: str) -> None:
     if kind_of(path) != "parquet":
         next(read_rows(path, column), None)
     elif path.stat().st_size:
-        with faults_at(lambda: repr(str(path))), pq.ParquetFile(path) as file:
+        with faults_at(lambda: repr(str(path))), _of_flag("text_column", path, column), pq.ParquetFile(path) as file:
             _check_column(path, file.schema_arrow, column)
+
+
+@contextmanager
+def _of_flag(flag: str, path: Path, column: str) -> Iterator[None]:
+    """A column that is not there is told with the flag that named it."""
+    try:
+        yield
+    except _NoColumnError as error:
+        raise DataError(f"{str(path)!r} has no column {column!r}; choose with --{flag} from {error.columns}") from None
 
 
 @contextmanager
@@ -175,7 +195,7 @@ def _csv_values(path: Path, column: str) -> Iterator[str | None]:
     records = csv.reader((line + "\n" for line in lines_of(path)), delimiter="\t" if tabs else ",", strict=True)
     header = next(records, [])
     if column not in header:
-        raise _no_column(path, column, header)
+        raise _NoColumnError(header)
     place = header.index(column)
     numbers, others = 0, False
     for record in filter(None, records):
@@ -214,12 +234,12 @@ def _json_values(path: Path, column: str) -> Iterator[Any]:
         value = record.get(column)
         seen = seen or column in record  # a record may lack it, but not all of a file's first ones
         if not seen and number == ROWS_AT_ONCE:
-            raise _no_column(path, column, columns)
+            raise _NoColumnError(columns)
         if isinstance(value, str) and not value.isascii():
             value.encode()  # JSON can spell half of a surrogate pair, which is no text
         yield value
     if number and not seen:
-        raise _no_column(path, column, columns)
+        raise _NoColumnError(columns)
 
 
 def json_records(path: Path, column: str) -> Iterator[Any]:
@@ -290,17 +310,13 @@ def _cells(batches: Iterable[Any], column: str, start: int) -> Rows:
 
 def _check_column(path: Path, schema: Any, column: str) -> None:
     if column not in schema.names:
-        raise _no_column(path, column, schema.names)
+        raise _NoColumnError(schema.names)
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in ("string", "large_string", "string_view", "null"):
         raise DataError(
             f"the column {column!r} of {str(path)!r} holds {kind}, not text; its columns: {list(schema.names)}"
         )
-
-
-def _no_column(path: Path, column: str, columns: list[str]) -> DataError:
-    return DataError(f"{str(path)!r} has no column {column!r}; choose with --text_column from {columns}")
 
 
 _READERS: dict[str, Callable[[Path, str, int], Rows]] = {

@@ -29,6 +29,7 @@ from minilm.data.reading import KINDS, DataError, kind_of, read_rows
 from minilm.errors import UsageError
 
 COLUMNS = ("text", "pair")  # of what is loaded
+FLAGS = ("text_column", "text_pair_column")  # that name where they stand
 HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
 
 
@@ -308,7 +309,10 @@ def _load_files(source: str, files: Sequence[Path], columns: tuple[str, ...]) ->
 def _texts(source: str, files: tuple[str, ...], columns: tuple[str, ...], stamps: object) -> Iterator[dict[str, str]]:
     count, rows = 0, 0
     for file in files:
-        by_column = (chain.from_iterable(read_rows(Path(file), column)) for column in columns)
+        by_column = (
+            chain.from_iterable(read_rows(Path(file), column, flag=flag))
+            for column, flag in zip(columns, FLAGS, strict=False)
+        )
         for texts in zip(*by_column, strict=True):
             rows += 1
             if all(text and not text.isspace() for text in texts):
@@ -319,9 +323,9 @@ def _texts(source: str, files: tuple[str, ...], columns: tuple[str, ...], stamps
 
 
 def _text_of(source: str, rows: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
-    for column in columns:
+    for column, flag in zip(columns, FLAGS, strict=False):
         if column not in rows.column_names:
-            raise UsageError(f"{source!r} has no column {column!r}; choose with --text_column from {rows.column_names}")
+            raise UsageError(f"{source!r} has no column {column!r}; choose with --{flag} from {rows.column_names}")
         feature = rows.features[column]
         if getattr(feature, "dtype", None) not in ("string", "large_string"):
             raise UsageError(

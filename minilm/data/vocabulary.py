@@ -144,6 +144,21 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> Pr
     return cast(PreTrainedTokenizerBase, cut)
 
 
+def find_kept(tokenizer: PreTrainedTokenizerBase, cut: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that `cut_tokenizer` has kept of a tokenizer in another one.
+
+    Raises `ValueError` for tokens that are not the whole tokenizer's, or not in its order.
+    """
+    numbers, own = tokenizer.get_vocab(), cut.get_vocab()
+    told = f"the student's tokenizer of {len(own)} tokens is not the teacher's of {len(numbers)} cut"
+    if other := min(own.keys() - numbers.keys(), default=None):
+        raise UsageError(f"{told}: {other!r} is none of the teacher's")
+    for number, text in enumerate(sorted(own, key=numbers.__getitem__)):
+        if own[text] != number:
+            raise UsageError(f"{told}: {text!r} is its token {own[text]}, and would be {number}")
+    return sorted(numbers[text] for text in own)
+
+
 def _spec(tokenizer: PreTrainedTokenizerBase) -> Spec:
     name = type(tokenizer).__name__
     if not tokenizer.is_fast:

@@ -3,12 +3,11 @@
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from minilm.errors import UsageError
 from minilm.models.heads import has_vocabulary_head
-from minilm.models.probes import base_of
+from minilm.models.probes import base_of, embedding_rows
 from minilm.models.students import seeded
 from minilm.models.teachers import auto_class, check_weights, is_of_head, loading, quiet
 
@@ -73,7 +72,7 @@ def _check_inputs(name: str, model: PreTrainedModel, teacher: PreTrainedModel) -
         raise UsageError(f"the student {name!r} takes {model.main_input_name}, the teacher {teacher.main_input_name}")
     if model.main_input_name != "input_ids":
         return
-    mine, theirs = (len(cast(nn.Embedding, x.get_input_embeddings()).weight) for x in (model, teacher))
+    mine, theirs = (embedding_rows(x) for x in (model, teacher))
     if mine != theirs:
         raise UsageError(
             f"the student {name!r} has a vocabulary of {mine}, the teacher one of {theirs}: both read the same tokens"

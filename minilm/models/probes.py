@@ -48,9 +48,14 @@ def check_no_films(model: PreTrainedModel) -> None:
         )
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens a model of texts embeds."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+
+
 def random_tokens(model: PreTrainedModel, count: int) -> Tensor:
     """(count,) int64 on the model's device: different ordinary tokens, the same ones at every call."""
-    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    rows = embedding_rows(model)
     named = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep", "mask")}
     special = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])}  # Llama 3 has several ends
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: count + len(special)].tolist()

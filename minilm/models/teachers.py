@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.errors import UsageError
 from minilm.models.heads import has_vocabulary_head, logits_of_first
+from minilm.models.probes import embedding_rows
 from minilm.models.teacher_files import explain, one_line
 
 USUAL_LENGTH = 512  # of the papers
@@ -113,17 +114,23 @@ def auto_class(model: PreTrainedModel) -> Any:
     return _head_loader(type(model).__name__) or AutoModel
 
 
-def resolve_length(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+def resolve_length(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, pairs: bool = False
+) -> int:
     """`max_length` as given, or 512, or the teacher's positions where those are fewer.
+
+    Args:
+        pairs: whether two texts make a sequence.
 
     Raises:
         ValueError: more tokens than the teacher has positions, or none beside the special ones.
     """
     length = min(USUAL_LENGTH, _positions(teacher) or USUAL_LENGTH) if max_length is None else max_length
     check_length("teacher", teacher, length)
-    special = tokenizer.num_special_tokens_to_add()
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if length <= special:
-        raise UsageError(f"max_length {length} leaves no room beside the tokenizer's {special} special tokens")
+        of_pair = " of a pair" if pairs else ""
+        raise UsageError(f"max_length {length} leaves no room beside the tokenizer's {special} special tokens{of_pair}")
     return length
 
 
@@ -256,7 +263,7 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
     special = len(tokenizer.all_special_tokens)
     if len(tokenizer) <= special:  # what transformers makes of a folder without tokenizer files
         raise UsageError(f"the tokenizer of {name!r} has no tokens but {special} special ones: are its files there?")
-    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    rows = embedding_rows(model)
     if len(tokenizer) > rows:
         raise UsageError(f"the tokenizer of {name!r} has {len(tokenizer)} tokens, the model embeds {rows}")
     try:

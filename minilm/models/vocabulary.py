@@ -44,6 +44,8 @@ def cut_embeddings(model: PreTrainedModel, kept: Sequence[int]) -> None:
     heads: list[Any] = [module for module in model.modules() if _has_bias(module, size, output)]
     tensors = [embeddings.weight, *(head.bias for head in heads)]
     tensors += [] if output is None else [output.weight, output.bias]
+    if output is not None and model.config.model_type == "mobilebert":  # the other columns of its output layer
+        tensors.append(cast(Any, model).cls.predictions.dense.weight.mT)
     for tensor in {id(tensor): tensor for tensor in tensors if tensor is not None}.values():  # tied ones once
         tensor[: len(rows)] = tensor[rows]
     biases = [nn.Parameter(head.bias[: len(rows)].clone()) for head in heads]

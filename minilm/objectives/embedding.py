@@ -74,7 +74,9 @@ class SentenceEmbedding(Term):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"sentence_pooling": list(self.teacher_head.pooling)}
+        head = self.teacher_head
+        modules = [type(module).__name__ for module in head.further.modules()]
+        return {"sentence_pooling": list(head.pooling), "sentence_modules": modules[1:]}
 
     def forward(self, teacher: Observed, student: Observed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert teacher.final is not None

@@ -16,7 +16,7 @@ from minilm.errors import UsageError
 from minilm.models.batches import Batch, as_packed, count_sequences, model_inputs
 from minilm.models.capture import QKV, capture
 from minilm.models.observe import Observed, observe
-from minilm.models.probes import evaluating
+from minilm.models.probes import embedding_rows, evaluating
 from minilm.models.teachers import resolve_length
 from minilm.objectives.systems import minilm
 from minilm.objectives.term import Objective
@@ -32,9 +32,12 @@ _HALVES = (torch.bfloat16, torch.float16)
 class RelationLoss(nn.Module):
     """The relation loss between the last layers of two models, in each column of a data set; labels are not read.
 
-    The loss is the mean over the sequences of all columns. The student's forward ends at its last layer's projections:
-    what stands above them gets no gradient, and is trained where another loss is added. Under DDP the Trainer's default
-    of `find_unused_parameters` allows for that; in a sum this loss then comes first.
+    The loss is the mean over the sequences of all columns. The Trainer averages the means of accumulated
+    batches and of ranks, as it does with every loss: sequences of a smaller batch count more.
+
+    The student's forward ends at its last layer's projections: what stands above them gets no gradient, and is trained
+    where another loss is added. Under DDP the Trainer's default of `find_unused_parameters` allows for that; in a sum
+    this loss then comes first.
 
     Args:
         model: the student.
@@ -166,7 +169,7 @@ def _transformer(model: Any, whose: str) -> PreTrainedModel:
 def _check_tokens(model: "SentenceTransformer", teacher: Any, of_teacher: PreTrainedModel) -> None:
     """The teacher is given the student's tokens."""
     tokenizer: PreTrainedTokenizerBase = model.tokenizer
-    rows = cast(nn.Embedding, of_teacher.get_input_embeddings()).weight.shape[0]
+    rows = embedding_rows(of_teacher)
     if len(tokenizer) > rows:
         raise UsageError(f"the student's tokenizer has {len(tokenizer)} tokens, the teacher embeds {rows}: {_SAME}")
     resolve_length(of_teacher, tokenizer, model.max_seq_length)

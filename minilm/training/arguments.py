@@ -27,6 +27,11 @@ def check_arguments(args: TrainingArguments) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and args.distributed_state.distributed_type is DistributedType.NO:
         raise UsageError(f"{processes} processes were started, but each would train alone: without a GPU add --use_cpu")
+    if args.fsdp and args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise UsageError(
+            f"fsdp={args.fsdp} has no effect here: accelerate shards a student over several GPUs, not over {processes} "
+            f"{'process' if processes == 1 else 'processes'} on {args.device.type}: leave it out"
+        )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UsageError(
             f"num_train_epochs is {args.num_train_epochs} and max_steps {args.max_steps}: no step to train"
