@@ -102,7 +102,7 @@ def read_teacher(name: str, *, head: bool = False) -> Teacher:
         processor = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
     saved = copy.deepcopy(processor)
     if not images:
-        _check_tokenizer(name, model, processor)
+        check_tokenizer(name, model, processor)
         processor.padding_side = "right"
         _set_padding(name, model, processor, head)
     return Teacher(model, processor, saved)
@@ -252,7 +252,7 @@ def _and_others(found: list[Any]) -> str:
     return f" (of {len(found)})" if len(found) > 1 else ""
 
 
-def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     special = len(tokenizer.all_special_tokens)
     if len(tokenizer) <= special:  # what transformers makes of a folder without tokenizer files
         raise UsageError(f"the tokenizer of {name!r} has no tokens but {special} special ones: are its files there?")
