@@ -22,7 +22,6 @@ import _exact
 import _launches
 import _measure
 import _results
-import encoder_quality
 import loss_bench
 import profile_kernels
 import run_gpu
@@ -584,14 +583,6 @@ def test_what_needs_a_gpu_says_so(main: Any, capsys: pytest.CaptureFixture[str],
     shown = capsys.readouterr()
     assert shown.err.startswith("this machine has no CUDA device")
     assert (shown.out, shown.err.count("\n")) == ("", 1)
-
-
-def test_encoder_quality_names_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    there = tmp_path / "there.parquet"
-    there.touch()
-    gone = [str(tmp_path / name) for name in ("stsb.parquet", "trec.parquet")]
-    assert encoder_quality.main(["model", "--stsb", gone[0], "--trec", str(there), gone[1]]) == 2
-    assert capsys.readouterr().err == f"no such file: {gone[0]}, {gone[1]}\n"
 
 
 def test_run_gpu_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None) -> None:

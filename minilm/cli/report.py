@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from minilm.evaluation.table import markdown_table
 from minilm.models.agreement import FEWEST_TEXTS
 from minilm.training.finite import without_nan
 from minilm.training.folders import close_aside, open_aside, publish
@@ -105,12 +106,12 @@ def report_markdown(folder: Path, metrics: Metrics) -> str:
             "",
             _what_was_done(metrics),
             "",
-            *_table(["", "teacher", "student", "student / teacher"], sizes),
+            *markdown_table(["", "teacher", "student", "student / teacher"], sizes),
             "",
             f"Speeds are of the whole models, forward only, on held-out text in batches of {metrics['speed_batch']}, "
             f"measured on {metrics['device']}.",
             "",
-            *_table(["held-out loss", "untrained", "trained", "trained / untrained"], losses),
+            *markdown_table(["held-out loss", "untrained", "trained", "trained / untrained"], losses),
             "",
             "![losses by step](curves.png)",
             "",
@@ -278,7 +279,7 @@ def _agreement(metrics: Metrics) -> list[str]:
         )
     ]
     return [
-        *_table(header, rows),
+        *markdown_table(header, rows),
         "",
         f"Vectors are made by {' and '.join(metrics['pooling'])} pooling of the last hidden states. Five of the texts, "
         "each with its nearest neighbour:",
@@ -315,19 +316,6 @@ def _how_to_use(folder: Path, metrics: Metrics) -> list[str]:
 def _compare(name: str, pair: Metrics, key: str, text: Callable[[float], str]) -> list[str]:
     teacher, student = pair["teacher"][key], pair["student"][key]
     return [name, text(teacher), text(student), _ratio(student, teacher)]
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table with aligned columns, so that it reads well on a terminal too."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        aligned = [f"{cells[0]:<{widths[0]}}"]
-        aligned += [f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return [line(header), rule, *(line(row) for row in rows)]
 
 
 def _duration(seconds: float) -> str:

@@ -26,10 +26,10 @@ def fail(program: str, message: str, code: int) -> int:
     return code
 
 
-def not_installed(packages: Iterable[str]) -> str | None:
-    """Which of them are missing, and what to do about it."""
+def not_installed(packages: Iterable[str], extra: str = "train") -> str | None:
+    """Which of them are missing, and which extra of the project brings them."""
     missing = [name for name in packages if find_spec(name) is None]
-    return f"{', '.join(missing)} not installed: pip install 'fused-minilm[train]'" if missing else None
+    return f"{', '.join(missing)} not installed: pip install 'fused-minilm[{extra}]'" if missing else None
 
 
 class Terminated(BaseException):

@@ -207,7 +207,7 @@ def _read_json(path: Path, column: str, start: int) -> Rows:
 def _json_values(path: Path, column: str) -> Iterator[Any]:
     seen, number = False, 0
     columns: list[str] = []
-    for number, record in enumerate(_records(path, column), 1):
+    for number, record in enumerate(json_records(path, column), 1):
         if not isinstance(record, dict):
             raise UsageError(f"{str(record)[:40]!r} is no record with columns")
         columns = columns or list(record)
@@ -222,7 +222,8 @@ def _json_values(path: Path, column: str) -> Iterator[Any]:
         raise _no_column(path, column, columns)
 
 
-def _records(path: Path, column: str) -> Iterator[Any]:
+def json_records(path: Path, column: str) -> Iterator[Any]:
+    """The records of a JSON file: a line each, one array, or one array in an object that lacks `column`."""
     lines = filter(str.strip, lines_of(path))
     first, second = next(lines, None), next(lines, None)
     if first is None:

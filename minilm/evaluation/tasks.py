@@ -65,5 +65,6 @@ TASKS: Mapping[str, Task] = {
         Task(
             "squad_v2", "answers", ("question", "context"), "answers", ("f1", "exact"), hub=("rajpurkar/squad_v2", None)
         ),
+        Task("trec", "classification", ("text",), "coarse_label", ("accuracy",), evaluated=("test",)),
     )
 }

@@ -34,7 +34,7 @@ _FOREIGN = {  # weights that transformers 5 does not load, by their files
 def explain(name: str, error: Exception, part: str = "", who: str = "teacher") -> str:
     """Why `name`, or that part of it, did not load, as the rest of a sentence: by its files, else the error's words."""
     if os.path.isfile(name):  # unlike a Path's, it says no to a name that the system does not take
-        return f"it is a file: name the folder that holds it, --{who} {Path(name).parent}"
+        return f"it is a file: name the folder that holds it, {_flag(who)}{Path(name).parent}"
     if os.path.isdir(name) and (fault := next(_faults(Path(name), who), None)):
         return fault
     if part == "tokenizer" and os.path.isdir(name) and not any(map(list, map(Path(name).glob, _TOKENIZERS))):
@@ -50,6 +50,11 @@ def one_line(error: Exception) -> str:
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     told = isinstance(error, OSError | ValueError | ImportError | RuntimeError) and line
     return line if told else f"{type(error).__name__} {line}".strip()
+
+
+def _flag(who: str) -> str:
+    """What a folder is named by: a teacher or student by its flag, a model that is judged by its place alone."""
+    return "" if who == "model" else f"--{who} "
 
 
 def _faults(folder: Path, who: str) -> Iterator[str]:
@@ -173,12 +178,13 @@ def _models_within(folder: Path, who: str) -> Iterator[str]:
         return
     steps = {path: int(number) for path in found if (number := path.name.removeprefix("checkpoint-")).isdecimal()}
     if steps:
-        yield f"it holds checkpoints, and no model beside them: name one, --{who} {max(steps, key=steps.__getitem__)}"
+        last = max(steps, key=steps.__getitem__)
+        yield f"it holds checkpoints, and no model beside them: name one, {_flag(who)}{last}"
     elif (folder / "modules.json").is_file():
-        yield f"it is a sentence-transformers folder: name its Transformer, --{who} {found[0]}"
+        yield f"it is a sentence-transformers folder: name its Transformer, {_flag(who)}{found[0]}"
     else:
         others = f" (or {', '.join(str(path) for path in found[1:])})" if found[1:] else ""
-        yield f"the model is in a folder below it: --{who} {found[0]}{others}"
+        yield f"the model is in a folder below it: {_flag(who)}{found[0]}{others}"
 
 
 def _incomplete(folder: Path) -> Iterator[str]:

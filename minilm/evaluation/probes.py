@@ -1,0 +1,144 @@
+"""What frozen sentence vectors are worth on a task: the model is not trained, a linear model at most is.
+
+    classification   scikit-learn's logistic regression (L2 penalty, C = 1) on standardised features
+    regression       of pairs the cosine of the two vectors, of which nothing is learnt; of single texts scikit-learn's
+                     ridge regression (alpha = 1) on standardised features
+
+The features of a text are its vector u, those of a pair u, v, |u - v| and u * v.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets.utils import tqdm
+from numpy.typing import NDArray
+from sentence_transformers.util import pairwise_cos_sim
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from minilm.errors import UsageError
+from minilm.evaluation.cells import Cells
+from minilm.evaluation.encoders import Encoder
+from minilm.evaluation.judged import fingerprint_model
+from minilm.evaluation.metrics import scores
+from minilm.evaluation.task_data import TaskData
+from minilm.evaluation.tasks import Scores, Task
+
+MAX_ITER = 2000  # many times what standardised features need
+COMPUTED_BY = ("torch", "transformers", "sentence-transformers", "scikit-learn")
+Vectors = NDArray[np.float32]
+Encode = Callable[[Sequence[str]], Vectors]
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How the vectors are made and what is learnt from.
+
+    Attributes:
+        max_length: tokens of a text, special ones among them.
+        max_train_records: of a training split; the rest is not read.
+        seed: of which these are.
+    """
+
+    max_length: int = 128
+    max_train_records: int = 10_000
+    seed: int = 0
+
+
+def probe_all(
+    models: Mapping[str, str], tasks: Sequence[TaskData], settings: ProbeSettings, cells: Cells
+) -> dict[str, dict[str, Scores]]:
+    """{model: {task: scores}}, those that are in `cells` from there; a model is loaded where one is missing.
+
+    Args:
+        models: what each is called, and the folder or name that loads it.
+    """
+    limited = [data.with_train_records(settings.max_train_records, settings.seed) for data in tasks]
+    of_tasks = [data.fingerprint for data in limited]
+    found: dict[str, dict[str, Scores]] = {label: {} for label in models}
+    with tqdm(total=len(models) * len(tasks), unit=" results") as bar:
+        for label, name in models.items():
+            encoder = None
+            by_all = {
+                "protocol": "probe",
+                "max_length": settings.max_length,
+                "model": fingerprint_model(name),
+                "versions": {package: version(package) for package in COMPUTED_BY},
+            }
+            for data, fingerprint in zip(limited, of_tasks, strict=True):
+                bar.set_description(f"{label}, {data.task.name}")
+                key = {**by_all, "task": data.task.name, "data": fingerprint}
+                if (result := cells.get(key)) is None:
+                    start = time.monotonic()
+                    encoder = encoder or Encoder(name, settings.max_length)
+                    result = {"scores": probe(encoder.encode, data), "seconds": time.monotonic() - start}
+                    cells.put(key, {"model": label, **result})
+                found[label][data.task.name] = result["scores"]
+                bar.update()
+    return found
+
+
+def why_no_probe(data: TaskData) -> str | None:
+    """Why frozen vectors cannot be judged on a task; None where they can."""
+    task = data.task
+    if task.form in ("tokens", "answers"):
+        return f"{task.name!r} predicts {task.form}, of which a sentence vector says nothing: take --protocol quick"
+    if not len(data.train) and not _by_cosine(task):
+        return f"{task.name!r} has no train split for a linear probe to learn from"
+    return None
+
+
+def probe(encode: Encode, data: TaskData) -> dict[str, dict[str, float]]:
+    """The scores by split; each distinct text is encoded once.
+
+    Args:
+        encode: makes vectors (texts, E) of texts, as `Encoder.encode`.
+
+    Raises:
+        UsageError: a task that has no probe, or nothing to learn it from.
+    """
+    if reason := why_no_probe(data):
+        raise UsageError(reason)
+    task = data.task
+    splits = dict(data.evaluated) if _by_cosine(task) else {"train": data.train, **data.evaluated}
+    place = {text: index for index, text in enumerate(_distinct(task, splits.values()))}
+    vectors = encode(list(place))
+
+    def of(split: str, column: str) -> Vectors:
+        return vectors[[place[text] for text in splits[split][column]]]
+
+    if _by_cosine(task):
+        found = {split: pairwise_cos_sim(*(of(split, column) for column in task.texts)).numpy() for split in splits}
+    else:
+        features = {split: _features([of(split, column) for column in task.texts]) for split in splits}
+        learner = LogisticRegression(max_iter=MAX_ITER) if task.form == "classification" else Ridge()
+        learnt = make_pipeline(StandardScaler(), learner).fit(features["train"], _labels(task, data.train))
+        found = {split: learnt.predict(features[split]) for split in data.evaluated}
+    return {
+        split: scores(task.metrics, found[split], _labels(task, records)) for split, records in data.evaluated.items()
+    }
+
+
+def _by_cosine(task: Task) -> bool:
+    return task.form == "regression" and len(task.texts) == 2
+
+
+def _distinct(task: Task, splits: Any) -> dict[str, None]:
+    return dict.fromkeys(text for split in splits for column in task.texts for text in split[column])
+
+
+def _features(vectors: list[Vectors]) -> Vectors:
+    if len(vectors) == 1:
+        return vectors[0]
+    u, v = vectors
+    return np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
+
+
+def _labels(task: Task, split: Dataset) -> NDArray[Any]:
+    return np.asarray(split[task.label][:])

@@ -1,0 +1,60 @@
+"""The splits of a task as files: train.parquet, validation.csv, test-00000-of-00002.parquet and so on.
+
+A split is called as on the hub (train, validation, validation_matched, test), validation also dev, val or valid. It is
+one file or numbered parts. Types are the files' own: what a CSV file writes as numbers are numbers.
+"""
+
+import re
+from pathlib import Path
+
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from datasets import Dataset, concatenate_datasets
+from datasets.table import InMemoryTable
+
+from minilm.data.reading import DataError, faults_at, json_records, kind_of
+
+_FILE = re.compile(r"(train|test|validation|dev|val|valid)(_[a-z]+)?(-\d+-of-\d+)?")
+_VALIDATION = ("dev", "val", "valid")
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split in a folder, sorted; empty where it has none.
+
+    Raises:
+        DataError: a split in two kinds of files.
+        OSError: a folder that cannot be listed.
+    """
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = _FILE.fullmatch(path.name.partition(".")[0])
+        if match and kind_of(path) in ("csv", "json", "parquet"):
+            word = "validation" if match[1] in _VALIDATION else match[1]
+            splits.setdefault(word + (match[2] or ""), []).append(path)
+    for split, (first, *others) in splits.items():
+        for other in others:
+            if other.suffixes != first.suffixes or "-of-" not in other.name:
+                raise DataError(
+                    f"{str(folder)!r} has the split {split!r} twice, as {first.name} and {other.name}: remove one"
+                )
+    return splits
+
+
+def read_split(files: list[Path], column: str) -> Dataset:
+    """The records of a split, in memory. Raises `DataError` for what cannot be read.
+
+    Args:
+        column: one that its records have, which tells records within a JSON file from what stands around them.
+    """
+    return concatenate_datasets([_read(path, column) for path in files])
+
+
+def _read(path: Path, column: str) -> Dataset:
+    with faults_at(lambda: repr(str(path))):
+        if kind_of(path) == "json":
+            return Dataset.from_list(list(json_records(path, column)))
+        if kind_of(path) == "parquet":
+            return Dataset(InMemoryTable(pq.read_table(path)))
+        tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes[-2:])
+        parsing = pa_csv.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True)
+        return Dataset(InMemoryTable(pa_csv.read_csv(path, parse_options=parsing)))
