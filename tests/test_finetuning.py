@@ -165,6 +165,22 @@ def test_families_have_a_head_of_each_kind(tmp_path: Path, family: str) -> None:
         assert 0 <= finetune(folder, data, settings, tmp_path / "run")["validation"]["accuracy"] <= 100
 
 
+def test_a_decoder_without_padding_token_pads_with_the_texts_end(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+
+    def load(**special: str) -> Any:
+        PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special).save_pretrained(
+            tmp_path
+        )
+        return load_for_task(str(tmp_path), AutoModelForSequenceClassification, 24, 0, num_labels=2)
+
+    model, tokenizer = load(eos_token="[SEP]")
+    assert tokenizer.pad_token == "[SEP]"
+    assert model.config.pad_token_id == tokenizer.convert_tokens_to_ids("[SEP]")
+    with pytest.raises(UsageError, match="no padding token and no end-of-text token"):
+        load(unk_token="[UNK]")
+
+
 @pytest.mark.parametrize("labels", [3, 2])
 def test_the_head_of_a_classifier_is_not_taken_over(tmp_path: Path, labels: int) -> None:
     """Whether its size fits or not; the body is."""
