@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from minilm.errors import NonFiniteError, UsageError
-from minilm.evaluation.finetuning import _encode_words, _subsample, finetune
+from minilm.evaluation.finetuning import _encode_words, _first_tokens, _subsample, finetune
 from minilm.evaluation.fitting import fit, predict
 from minilm.evaluation.settings import Settings
 from minilm.evaluation.task_data import TaskData
@@ -242,6 +242,10 @@ def test_the_first_token_of_a_word_has_its_label(tokenizer: PreTrainedTokenizerF
             assert found.records["labels"][row][first] == [[3, 4, 5, 6, 7], [8]][row][place]
     labelled = [[label for label in row if label != -100] for row in found.records["labels"]]
     assert labelled == [[3, 4, 5, 7], [8]]
+
+
+def test_a_token_of_two_words_is_the_first_ones() -> None:
+    assert _first_tokens(["new", "york", "is"], [(0, 0), (0, 8), (9, 11), (0, 0)]) == [1, None, 2]
 
 
 def test_words_that_are_cut_off_are_outside(tmp_path: Path) -> None:
