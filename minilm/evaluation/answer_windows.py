@@ -23,7 +23,7 @@ def training_windows(records: Dataset, tokenizer: PreTrainedTokenizerBase, max_l
     tokenizer's CLS token; where it puts none, the first token.
 
     Args:
-        records: "question", "context" and "answers", as `minilm.evaluation.answer_files` has them.
+        records: "question", "context" and "answers", as `minilm.evaluation.answer_records` has them.
         max_length: tokens of a window, the question and special tokens among them.
 
     Raises:

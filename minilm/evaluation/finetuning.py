@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from minilm.errors import UsageError
+from minilm.evaluation.answer_training import finetune_answers
 from minilm.evaluation.fitting import fit, predict
 from minilm.evaluation.metrics import scores
 from minilm.evaluation.settings import Settings
@@ -43,7 +44,7 @@ def finetune(model: str, data: TaskData, settings: Settings, folder: Path) -> Sc
     if not len(data.train):
         raise UsageError(f"the task {data.task.name!r} has no training split: nothing to fine-tune on")
     data = replace(data, train=_subsample(data, settings.max_train_records, settings.seed))
-    judge = _of_words if data.task.form == "tokens" else _of_texts
+    judge = {"tokens": _of_words, "answers": finetune_answers}.get(data.task.form, _of_texts)
     return judge(model, data, settings, folder)
 
 

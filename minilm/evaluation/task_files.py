@@ -14,7 +14,7 @@ from datasets.table import InMemoryTable
 
 from minilm.data.reading import DataError, faults_at, json_records, kind_of
 
-_FILE = re.compile(r"(train|test|validation|dev|val|valid)(_[a-z]+)?(-\d+-of-\d+)?")
+_FILE = re.compile(r"(train|test|validation|dev|val|valid)(_[a-z]+)?(-\d+-of-\d+|-v\d)?")
 _VALIDATION = ("dev", "val", "valid")
 
 
