@@ -65,7 +65,7 @@ def fit(
         arguments,
         collate,
         train_dataset=records,
-        callbacks=[_StepsBar(name), _StopAtNaN(name)],
+        callbacks=[_Bars(name), _StopAtNaN(name)],
         preprocess_logits_for_metrics=lambda logits, _: keep(logits),
     )
     trainer.remove_callback(PrinterCallback)
@@ -89,8 +89,8 @@ def predict(trainer: Trainer, records: Dataset) -> Any:
     return tuple(each[place] for each in kept) if isinstance(kept, tuple) else kept[place]
 
 
-class _StepsBar(TrainerCallback):
-    """One bar for a run, which goes when its predictions are made: that of all runs stays."""
+class _Bars(TrainerCallback):
+    """A bar for the steps, then one for what is predicted; each goes when it is full, so that of all runs stays."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -104,6 +104,18 @@ class _StepsBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
+        self._bar = None
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=len(eval_dataloader), desc=f"{self._name}, scoring", unit=" batches", leave=False)
+        self._bar.update()
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self._bar.close()
+        self._bar = None
 
 
 class _StopAtNaN(TrainerCallback):

@@ -1,9 +1,12 @@
 """Loading a model with a new head for a task, and its tokenizer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from minilm.errors import UsageError
 from minilm.models.students import seeded
@@ -24,7 +27,7 @@ def load_for_task(
     Raises:
         ValueError: nothing that loads there; weights that are not the model's; fewer positions than `max_length`.
     """
-    with loading("model", name), quiet():
+    with loading("model", name), quiet(), _without_bars():
         wanted = AutoConfig.from_pretrained(name, trust_remote_code=False, **config)
         with seeded(seed):
             model, info = auto_class.from_pretrained(
@@ -56,3 +59,15 @@ def _renew_head(model: PreTrainedModel, auto_class: Any, seed: int) -> None:
     with seeded(seed):
         fresh = auto_class.from_config(model.config).state_dict()
     model.load_state_dict({key: tensor for key, tensor in fresh.items() if is_of_head(key, model)}, strict=False)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bars of loading, of which a grid has one a run."""
+    were_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if were_shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
