@@ -111,6 +111,8 @@ def test_what_is_finished_is_not_computed_again(
     assert finished(teacher, "--max_train_records", "23") == ["sst2", "stsb"]
     write_split(Path("data/sst2"), "validation.parquet", sentences(12, 36))
     assert finished(teacher) == ["sst2"]
+    assert evaluation(teacher, output=teacher)[0] == 0
+    assert finished(teacher) == []  # with the results in the model's own folder
     save_teacher(Path(teacher), seed=5)
     assert finished(teacher) == ["sst2", "stsb"]
 

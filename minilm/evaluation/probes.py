@@ -118,6 +118,10 @@ def probe(encode: Encode, data: TaskData) -> dict[str, dict[str, float]]:
     if reason := why_no_probe(data):
         raise UsageError(reason)
     task = data.task
+    if task.form == "classification" and len(set(data.train[task.label])) < 2:
+        raise UsageError(
+            f"all {len(data.train):,} training records of {task.name!r} have one class: there is nothing to learn"
+        )
     splits = dict(data.evaluated) if is_by_cosine(task) else {"train": data.train, **data.evaluated}
     place = {text: index for index, text in enumerate(_distinct(task, splits.values()))}
     vectors = encode(list(place))
