@@ -110,6 +110,10 @@ def test_tasks_without_a_probe_say_why(tmp_path: Path) -> None:
     write_split(tmp_path / "sst2", "validation.jsonl", sentences(4))
     with pytest.raises(UsageError, match="'sst2' has no train split for a linear probe to learn from"):
         probe(Vectors(), read_task(TASKS["sst2"], tmp_path))
+    write_split(tmp_path / "sst2", "train.jsonl", sentences(5)[::2])
+    write_split(tmp_path / "sst2", "validation.jsonl", sentences(5)[::2])
+    with pytest.raises(UsageError, match="all 3 training records of 'sst2' have one class: there is nothing to learn"):
+        probe(Vectors(), read_task(TASKS["sst2"], tmp_path))
     words = [{"tokens": ["a"], "label": ["O"]}] * 2
     for split in ("train", "validation"):
         write_split(tmp_path / "ner", f"{split}.jsonl", words)

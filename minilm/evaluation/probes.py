@@ -51,6 +51,18 @@ class ProbeSettings:
     seed: int = 0
 
 
+def describe(settings: ProbeSettings) -> str:
+    """What is done, in sentences for the reader of a table."""
+    return (
+        "No model is trained. sentence-transformers makes one vector of each text, as the model's own files say or by "
+        "the mean over its tokens, before a normalisation. Classes are predicted by scikit-learn's logistic regression "
+        "(C = 1) on standardised features: the vector u, of a pair u, v, |u - v| and u * v. Amounts of pairs are the "
+        "cosine of u and v, of which nothing is learnt; those of single texts come from ridge regression (alpha = 1). "
+        f"Texts are cut at {settings.max_length} tokens, training splits at {settings.max_train_records:,} records, "
+        f"drawn with seed {settings.seed}. Nothing was selected: there is one setting."
+    )
+
+
 def probe_all(
     models: Mapping[str, str], tasks: Sequence[TaskData], settings: ProbeSettings, cells: Cells
 ) -> dict[str, dict[str, Scores]]:
@@ -89,7 +101,7 @@ def why_no_probe(data: TaskData) -> str | None:
     task = data.task
     if task.form in ("tokens", "answers"):
         return f"{task.name!r} predicts {task.form}, of which a sentence vector says nothing: take --protocol quick"
-    if not len(data.train) and not _by_cosine(task):
+    if not len(data.train) and not is_by_cosine(task):
         return f"{task.name!r} has no train split for a linear probe to learn from"
     return None
 
@@ -106,14 +118,18 @@ def probe(encode: Encode, data: TaskData) -> dict[str, dict[str, float]]:
     if reason := why_no_probe(data):
         raise UsageError(reason)
     task = data.task
-    splits = dict(data.evaluated) if _by_cosine(task) else {"train": data.train, **data.evaluated}
+    if task.form == "classification" and len(set(data.train[task.label])) < 2:
+        raise UsageError(
+            f"all {len(data.train):,} training records of {task.name!r} have one class: there is nothing to learn"
+        )
+    splits = dict(data.evaluated) if is_by_cosine(task) else {"train": data.train, **data.evaluated}
     place = {text: index for index, text in enumerate(_distinct(task, splits.values()))}
     vectors = encode(list(place))
 
     def of(split: str, column: str) -> Vectors:
         return vectors[[place[text] for text in splits[split][column]]]
 
-    if _by_cosine(task):
+    if is_by_cosine(task):
         found = {split: pairwise_cos_sim(*(of(split, column) for column in task.texts)).numpy() for split in splits}
     else:
         features = {split: _features([of(split, column) for column in task.texts]) for split in splits}
@@ -125,7 +141,8 @@ def probe(encode: Encode, data: TaskData) -> dict[str, dict[str, float]]:
     }
 
 
-def _by_cosine(task: Task) -> bool:
+def is_by_cosine(task: Task) -> bool:
+    """Whether nothing is learnt for a task."""
     return task.form == "regression" and len(task.texts) == 2
 
 
