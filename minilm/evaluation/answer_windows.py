@@ -8,12 +8,14 @@ third of the length where that is less, the first ones are read.
 from bisect import bisect_left, bisect_right
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from minilm.errors import UsageError
 
 LONGEST_QUESTION = 64  # tokens, as BERT's
+AT_ONCE = 1000  # questions
 
 
 def training_windows(records: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -68,7 +70,8 @@ def _windows(records: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
             "tokens"
         )
 
-    def cut(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+    def cut(start: int) -> Dataset:
+        batch = records[start : start + AT_ONCE]
         encoded = tokenizer(
             _first_tokens(tokenizer, batch["question"], min(LONGEST_QUESTION, third)),
             batch["context"],
@@ -84,21 +87,12 @@ def _windows(records: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
             first = text.index(1) if 1 in text else len(text)
             offsets = encoded["offset_mapping"][window][first : first + text.count(1)]
             null = ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
-            described.append(
-                {"record": rows[sample], **describe(batch["answers"][sample], offsets, first, null)},
-            )
+            described.append({"record": start + sample, **describe(batch["answers"][sample], offsets, first, null)})
         inputs = {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}
-        return inputs | {name: [each[name] for each in described] for name in described[0]}
+        return Dataset.from_dict(inputs | {name: [each[name] for each in described] for name in described[0]})
 
-    return records.map(
-        cut,
-        batched=True,
-        with_indices=True,
-        remove_columns=records.column_names,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        desc="Cutting contexts into windows",
-    )
+    starts = tqdm(range(0, len(records), AT_ONCE), desc="cutting contexts", unit="k questions", leave=False)
+    return concatenate_datasets([cut(start) for start in starts])
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, questions: list[str], count: int) -> list[str]:

@@ -32,7 +32,7 @@ def finetune(model: str, data: TaskData, settings: Settings, folder: Path) -> Sc
     """What the model scores after it was fine-tuned with a new head, with the weights of the last step.
 
     A text is classified, or its number predicted, by the head that transformers has for the model. A word is classified
-    by its first token.
+    by its first token. How answers are found is said at `finetune_answers`.
 
     Args:
         folder: for the Trainer, which leaves nothing in it.

@@ -50,12 +50,12 @@ def squad_scores(
         threshold: a question whose no-answer score is higher counts as unanswered.
 
     Returns:
-        "exact" and "f1". With `no_answer_scores` also "has_answer_exact", "has_answer_f1", "no_answer_exact" and
-        "no_answer_f1", of the questions with and without an answer where there are any, and "best_exact",
-        "best_exact_threshold", "best_f1" and "best_f1_threshold": the highest score that a threshold reaches, and the
-        threshold, which is not times 100.
+        "f1" and "exact". With `no_answer_scores` also "has_answer_f1", "no_answer_f1", "has_answer_exact" and
+        "no_answer_exact", of the questions with and without an answer where there are any, and "best_f1",
+        "best_f1_threshold", "best_exact" and "best_exact_threshold": the highest score that a threshold reaches, and
+        the threshold, which is not times 100.
     """
-    raw = {metric.__name__: [metric(*pair) for pair in zip(predictions, golds, strict=True)] for metric in (exact, f1)}
+    raw = {metric.__name__: [metric(*pair) for pair in zip(predictions, golds, strict=True)] for metric in (f1, exact)}
     if no_answer_scores is None:
         return {name: _percent(values) for name, values in raw.items()}
     has_answer = [bool(gold) for gold in golds]
