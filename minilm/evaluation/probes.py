@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -63,16 +63,28 @@ def describe(settings: ProbeSettings) -> str:
     )
 
 
+class Probe(NamedTuple):
+    """A task as it is done: its name, all that tells it from another, JSON-able, and how a model is scored."""
+
+    name: str
+    identity: Any
+    scores: Callable[[Encoder], Scores]
+
+
+def probe_of(data: TaskData, settings: ProbeSettings) -> Probe:
+    """The task by `probe`, with as many training records as the settings say."""
+    limited = data.with_train_records(settings.max_train_records, settings.seed)
+    return Probe(data.task.name, limited.fingerprint, lambda encoder: probe(encoder.encode, limited))
+
+
 def probe_all(
-    models: Mapping[str, str], tasks: Sequence[TaskData], settings: ProbeSettings, cells: Cells
+    models: Mapping[str, str], tasks: Sequence[Probe], settings: ProbeSettings, cells: Cells
 ) -> dict[str, dict[str, Scores]]:
     """{model: {task: scores}}, those that are in `cells` from there; a model is loaded where one is missing.
 
     Args:
         models: what each is called, and the folder or name that loads it.
     """
-    limited = [data.with_train_records(settings.max_train_records, settings.seed) for data in tasks]
-    of_tasks = [data.fingerprint for data in limited]
     found: dict[str, dict[str, Scores]] = {label: {} for label in models}
     with tqdm(total=len(models) * len(tasks), unit=" results") as bar:
         for label, name in models.items():
@@ -83,15 +95,15 @@ def probe_all(
                 "model": fingerprint_model(name),
                 "versions": {package: version(package) for package in COMPUTED_BY},
             }
-            for data, fingerprint in zip(limited, of_tasks, strict=True):
-                bar.set_description(f"{label}, {data.task.name}")
-                key = {**by_all, "task": data.task.name, "data": fingerprint}
+            for task in tasks:
+                bar.set_description(f"{label}, {task.name}")
+                key = {**by_all, "task": task.name, "data": task.identity}
                 if (result := cells.get(key)) is None:
                     start = time.monotonic()
                     encoder = encoder or Encoder(name, settings.max_length)
-                    result = {"scores": probe(encoder.encode, data), "seconds": time.monotonic() - start}
+                    result = {"scores": task.scores(encoder), "seconds": time.monotonic() - start}
                     cells.put(key, {"model": label, **result})
-                found[label][data.task.name] = result["scores"]
+                found[label][task.name] = result["scores"]
                 bar.update()
     return found
 
