@@ -30,7 +30,8 @@ from minilm.evaluation.metrics import scores
 from minilm.evaluation.task_data import TaskData
 from minilm.evaluation.tasks import Scores, Task
 
-MAX_ITER = 2000  # many times what standardised features need
+# Until the optimum: with scikit-learn's own tolerance rounding decides where it stops, and moves TREC by 0.4 points.
+TOLERANCE, MAX_ITER = 1e-6, 5000
 COMPUTED_BY = ("torch", "transformers", "sentence-transformers", "scikit-learn")
 Vectors = NDArray[np.float32]
 Encode = Callable[[Sequence[str]], Vectors]
@@ -145,7 +146,7 @@ def probe(encode: Encode, data: TaskData) -> dict[str, dict[str, float]]:
         found = {split: pairwise_cos_sim(*(of(split, column) for column in task.texts)).numpy() for split in splits}
     else:
         features = {split: _features([of(split, column) for column in task.texts]) for split in splits}
-        learner = LogisticRegression(max_iter=MAX_ITER) if task.form == "classification" else Ridge()
+        learner = LogisticRegression(tol=TOLERANCE, max_iter=MAX_ITER) if task.form == "classification" else Ridge()
         learnt = make_pipeline(StandardScaler(), learner).fit(features["train"], _labels(task, data.train))
         found = {split: learnt.predict(features[split]) for split in data.evaluated}
     return {
@@ -162,10 +163,11 @@ def _distinct(task: Task, splits: Any) -> dict[str, None]:
     return dict.fromkeys(text for split in splits for column in task.texts for text in split[column])
 
 
-def _features(vectors: list[Vectors]) -> Vectors:
-    if len(vectors) == 1:
-        return vectors[0]
-    u, v = vectors
+def _features(vectors: list[Vectors]) -> NDArray[np.float64]:
+    u, *others = (vector.astype(np.float64) for vector in vectors)
+    if not others:
+        return u
+    (v,) = others
     return np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
 
 
