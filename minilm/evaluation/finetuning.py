@@ -1,6 +1,7 @@
 """Fine-tuning on a task and scoring: classes and numbers of texts and pairs, classes of words."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +42,12 @@ def finetune(model: str, data: TaskData, settings: Settings, folder: Path) -> Sc
     """
     if not len(data.train):
         raise UsageError(f"the task {data.task.name!r} has no training split: nothing to fine-tune on")
-    name = f"{Path(model).name} on {data.task.name}"
-    train = _subsample(data, settings.max_train_records, settings.seed)
+    data = replace(data, train=_subsample(data, settings.max_train_records, settings.seed))
     judge = _of_words if data.task.form == "tokens" else _of_texts
-    return judge(model, data, train, settings, folder, name)
+    return judge(model, data, settings, folder)
 
 
-def _of_texts(model: str, data: TaskData, train: Dataset, settings: Settings, folder: Path, name: str) -> Scores:
+def _of_texts(model: str, data: TaskData, settings: Settings, folder: Path) -> Scores:
     numbers, length = data.task.form == "regression", settings.length(data.task.form)
     network, tokenizer = load_for_task(
         model,
@@ -65,7 +65,8 @@ def _of_texts(model: str, data: TaskData, train: Dataset, settings: Settings, fo
         return Dataset.from_dict({**encoded, "labels": labels})
 
     collate = DataCollatorWithPadding(tokenizer)
-    trainer = fit(network, encode(train), collate, settings, folder, name, keep=_first)
+    name = f"{Path(model).name} on {data.task.name}"
+    trainer = fit(network, encode(data.train), collate, settings, folder, name, keep=_first)
     found = {}
     for split, records in data.evaluated.items():
         logits = predict(trainer, encode(records))
@@ -74,7 +75,7 @@ def _of_texts(model: str, data: TaskData, train: Dataset, settings: Settings, fo
     return found
 
 
-def _of_words(model: str, data: TaskData, train: Dataset, settings: Settings, folder: Path, name: str) -> Scores:
+def _of_words(model: str, data: TaskData, settings: Settings, folder: Path) -> Scores:
     length = settings.length(data.task.form)
     network, tokenizer = load_for_task(
         model, AutoModelForTokenClassification, length, settings.seed, num_labels=len(data.classes)
@@ -89,7 +90,15 @@ def _of_words(model: str, data: TaskData, train: Dataset, settings: Settings, fo
         return _encode_words(tokenizer, split[data.task.texts[0]], split[data.task.label], length)
 
     collate = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
-    trainer = fit(network, encode(train).records, collate, settings, folder, name, keep=lambda x: _first(x).argmax(-1))
+    trainer = fit(
+        network,
+        encode(data.train).records,
+        collate,
+        settings,
+        folder,
+        f"{Path(model).name} on {data.task.name}",
+        keep=lambda logits: _first(logits).argmax(-1),
+    )
     found = {}
     for split, records in data.evaluated.items():
         words = encode(records)
