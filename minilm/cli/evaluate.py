@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minilm.cli.demo import TEACHER_NAME, teacher_folder
+from minilm.cli.demo import TEACHER_NAME, docstrings, teacher_folder
 from minilm.cli.terminal import OneLineErrors, fail, not_installed, patient_streams
 from minilm.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
+    from minilm.evaluation.mteb_tasks import MtebTask
     from minilm.evaluation.own_tasks import Columns
     from minilm.evaluation.results import Results
     from minilm.evaluation.task_data import TaskData
@@ -23,6 +24,7 @@ Scores models on GLUE and on tasks of one's own, beside their size and speed: a 
 The protocol "probe" judges sentence vectors of the models as they are, in minutes; "quick" and "paper" fine-tune them.
 What is finished stays in OUTPUT_DIR/cells, and the same command goes on from there.
 """
+OF_MTEB = "mteb:"
 LIMITS = ("max_length", "max_train_records")
 SPEED_LENGTH = 128  # tokens of the texts that the models are timed on
 
@@ -59,26 +61,31 @@ def _evaluate(arguments: argparse.Namespace) -> str:
     from transformers.utils import logging
 
     from minilm.cli.evaluation_report import publish_evaluation
-    from minilm.evaluation.judged import size_of, some_texts, texts_per_second, to_be_timed
+    from minilm.evaluation.judged import TEXTS, size_of, some_texts, texts_per_second, to_be_timed
     from minilm.evaluation.table import Judged
     from minilm.training.folders import claimed
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights
     models = _models(arguments.models)
+    of_mteb = _mteb_tasks(arguments)
     tasks, left_out = _read_tasks(arguments)
     for name, reason in left_out.items():
         print(f"left out {name}: {reason}", flush=True)
     sizes = {label: size_of(name) for label, name in models.items()}
     with claimed(arguments.output_dir):
-        results = _results(arguments, models, tasks)
-        texts = some_texts(tasks)
+        results = _results(arguments, models, tasks, of_mteb)
+        texts = some_texts(tasks) if tasks else [(text,) for text in docstrings()[:TEXTS]]
         timed = [to_be_timed(name, texts, arguments.max_length or SPEED_LENGTH) for name in models.values()]
         speeds = dict(zip(models, texts_per_second(timed), strict=True))
         judged = [Judged(label, sizes[label], speeds[label], results.scores[label]) for label in models]
-        return publish_evaluation(arguments.output_dir, arguments.protocol, judged, models, tasks, left_out, results)
+        return publish_evaluation(
+            arguments.output_dir, arguments.protocol, judged, models, tasks, of_mteb, left_out, results
+        )
 
 
-def _results(arguments: argparse.Namespace, models: dict[str, str], tasks: list["TaskData"]) -> "Results":
+def _results(
+    arguments: argparse.Namespace, models: dict[str, str], tasks: list["TaskData"], of_mteb: list["MtebTask"]
+) -> "Results":
     from minilm.evaluation.cells import Cells
     from minilm.evaluation.probes import ProbeSettings
     from minilm.evaluation.results import PROBE, fine_tuned_results, probe_results
@@ -87,7 +94,7 @@ def _results(arguments: argparse.Namespace, models: dict[str, str], tasks: list[
     cells = Cells(arguments.output_dir)
     given = {name: value for name in LIMITS if (value := getattr(arguments, name)) is not None}
     if arguments.protocol == PROBE:
-        return probe_results(models, tasks, ProbeSettings(**given), cells)
+        return probe_results(models, tasks, of_mteb, ProbeSettings(**given), cells)
     return fine_tuned_results(arguments.protocol, models, tasks, Settings(**given, bf16=arguments.bf16), cells)
 
 
@@ -108,13 +115,14 @@ def _is_demonstrations(name: str) -> bool:
 def _read_tasks(arguments: argparse.Namespace) -> tuple[list["TaskData"], dict[str, str]]:
     """The tasks with their records; where none is named, all that can be evaluated, and why the others cannot."""
     from minilm.evaluation.own_tasks import find_task, task_folders
-    from minilm.evaluation.results import check_task
+    from minilm.evaluation.results import FORMS, check_task
     from minilm.evaluation.task_data import read_task
     from minilm.evaluation.tasks import TASKS
 
     data_dir, named = arguments.data_dir, arguments.tasks is not None
-    on_the_hub = [task.name for task in TASKS.values() if task.hub]
+    on_the_hub = [task.name for task in TASKS.values() if task.hub and task.form in FORMS[arguments.protocol]]
     names = arguments.tasks if named else task_folders(data_dir) if data_dir else on_the_hub
+    names = [name for name in names if not name.startswith(OF_MTEB)]
     tasks, left_out = [], {}
     for name in names:
         try:
@@ -125,10 +133,21 @@ def _read_tasks(arguments: argparse.Namespace) -> tuple[list["TaskData"], dict[s
             if named or not data_dir:
                 raise
             left_out[name] = str(error)
-    if not tasks:
+    if not tasks and not named:
         reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
         raise UsageError(f"--data_dir {str(data_dir)!r} holds no task{reasons}")
     return tasks, left_out
+
+
+def _mteb_tasks(arguments: argparse.Namespace) -> list["MtebTask"]:
+    names = [name for name in arguments.tasks or [] if name.startswith(OF_MTEB)]
+    if names and arguments.protocol != "probe":
+        raise UsageError(f"{names[0]!r} is of frozen vectors: --protocol probe, not {arguments.protocol}")
+    if not names:
+        return []
+    from minilm.evaluation.mteb_tasks import find_mteb_task
+
+    return [find_mteb_task(name) for name in names]
 
 
 def _list_tasks(arguments: argparse.Namespace) -> str:
@@ -168,7 +187,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="MODEL",
         help=f"folder or name of a model, or {TEACHER_NAME}; speeds are set beside the first one's",
     )
-    add("--tasks", type=_names, help="names with commas between, by default all that can be done; list shows them")
+    add(
+        "--tasks",
+        type=_names,
+        help="names with commas between, by default all that can be done; list shows them; mteb:NAME is one of MTEB",
+    )
     add(
         "--data_dir",
         type=Path,

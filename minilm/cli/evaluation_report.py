@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.evaluation.judged import BATCH, device_name, fingerprint_model
+from minilm.evaluation.mteb_tasks import MtebTask
 from minilm.evaluation.plot import plot_quality
 from minilm.evaluation.results import Results
 from minilm.evaluation.table import Judged, all_scores, markdown_table, results_table
@@ -48,6 +49,7 @@ def publish_evaluation(
     models: Sequence[Judged],
     folders: Mapping[str, str],
     tasks: Sequence[TaskData],
+    of_mteb: Sequence[MtebTask],
     left_out: Mapping[str, str],
     results: Results,
 ) -> str:
@@ -62,12 +64,15 @@ def publish_evaluation(
         "settings": results.settings,
         "versions": {package: version(package) for package in PACKAGES},
         "device": device_name(),
-        "tasks": {data.task.name: _of_task(data, results) for data in tasks},
+        "tasks": {
+            **{data.task.name: _of_task(data, results) for data in tasks},
+            **{task.name: task.identity for task in of_mteb},
+        },
         "left_out": dict(left_out),
         "models": {model.name: _of_model(model, folders[model.name], models[0], results) for model in models},
     }
     table = results_table(models)
-    report = _report(protocol, models, tasks, left_out, results, table)
+    report = _report(protocol, models, tasks, of_mteb, left_out, results, table)
     _write(output / JSON, lambda part: part.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8"))
     _write(output / MARKDOWN, lambda part: part.write_text("\n".join(report), encoding="utf-8"))
     figure = plot_quality(models, f"forward only on {device_name()}")
@@ -102,10 +107,12 @@ def _report(
     protocol: str,
     models: Sequence[Judged],
     tasks: Sequence[TaskData],
+    of_mteb: Sequence[MtebTask],
     left_out: Mapping[str, str],
     results: Results,
     table: list[str],
 ) -> list[str]:
+    timed_on = "texts of these tasks" if tasks else "docstrings of Python's standard library"
     return [
         f"# Evaluation by the protocol {protocol}",
         "",
@@ -117,9 +124,10 @@ def _report(
         "",
         "- embedding, Transformer: how many parameters are tables of tokens and positions, and how many compute.",
         f"- speed-up: how many times as many texts a second as {models[0].name}, the first model, which reads "
-        f"{models[0].texts_per_second:,.0f}. It is measured forward only, in batches of {BATCH}, on texts of these "
-        f"tasks, on {device_name()}, the models in turns.",
+        f"{models[0].texts_per_second:,.0f}. It is measured forward only, in batches of {BATCH}, on {timed_on}, "
+        f"on {device_name()}, the models in turns.",
         *(f"- {data.task.name}: {_what_is_scored(data, results)}" for data in tasks),
+        *(f"- {task.name}: as mteb {task.identity['mteb']} learns and scores it." for task in of_mteb),
         "- average: the mean of the tasks' columns.",
         "",
         "All scores are times 100: higher is better, and 100 is the most.",

@@ -7,13 +7,24 @@ from typing import Any
 from minilm.errors import UsageError
 from minilm.evaluation.cells import Cells
 from minilm.evaluation.judged import fingerprint_model
-from minilm.evaluation.probes import ProbeSettings, describe, is_by_cosine, probe_all, why_no_probe
-from minilm.evaluation.protocols import Model, explain, is_done, outcomes, plan, run_all
+from minilm.evaluation.mteb_tasks import MtebTask
+from minilm.evaluation.probes import (
+    Probe,
+    ProbeSettings,
+    describe,
+    is_by_cosine,
+    probe_all,
+    probe_of,
+    why_no_probe,
+)
+from minilm.evaluation.protocols import PROTOCOLS, Model, explain, is_done, outcomes, plan, run_all
 from minilm.evaluation.settings import Settings
 from minilm.evaluation.task_data import TaskData
-from minilm.evaluation.tasks import Scores
+from minilm.evaluation.tasks import Form, Scores
 
 PROBE = "probe"
+_VECTORS: tuple[Form, ...] = ("classification", "regression")
+FORMS: Mapping[str, tuple[Form, ...]] = {PROBE: _VECTORS, **dict.fromkeys(PROTOCOLS, (*_VECTORS, "tokens", "answers"))}
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,16 @@ def check_task(protocol: str, data: TaskData) -> None:
 
 
 def probe_results(
-    models: Mapping[str, str], tasks: Sequence[TaskData], settings: ProbeSettings, cells: Cells
+    models: Mapping[str, str],
+    tasks: Sequence[TaskData],
+    of_mteb: Sequence[MtebTask],
+    settings: ProbeSettings,
+    cells: Cells,
 ) -> Results:
     """Of the protocol "probe"; `models` are names in the table with what loads them."""
-    scores = probe_all(models, tasks, settings, cells)
+    probes = [probe_of(data, settings) for data in tasks]
+    probes += [Probe(task.name, task.identity, task.scores) for task in of_mteb]
+    scores = probe_all(models, probes, settings, cells)
     records = _records(tasks, settings.max_train_records)
     records |= {data.task.name: 0 for data in tasks if is_by_cosine(data.task)}
     return Results(scores, describe(settings), asdict(settings), {}, records)
