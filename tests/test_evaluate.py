@@ -86,8 +86,9 @@ def test_one_command_gives_the_table_and_what_it_says(evaluation: Run, teacher: 
 
     report = Path("out/eval.md").read_text()
     assert header in report
-    assert "- sst2: accuracy on 12 records of validation, 2 classes; learnt from 24 of train." in report
-    assert "- stsb: spearman on 12 records of validation; nothing is learnt." in report
+    assert "positive; the share of right answers, on 12 records of validation of 2 classes; 24 records of tr" in report
+    assert "in meaning two sentences are; Spearman's rank correlation, on 12 records of validation; 0 records" in report
+    assert "How they were made: No model is trained. " in report
     assert Path("out/eval.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -110,8 +111,35 @@ def test_what_is_finished_is_not_computed_again(
     assert finished(teacher, "--max_train_records", "23") == ["sst2", "stsb"]
     write_split(Path("data/sst2"), "validation.parquet", sentences(12, 36))
     assert finished(teacher) == ["sst2"]
+    assert evaluation(teacher, output=teacher)[0] == 0
+    assert finished(teacher) == []  # with the results in the model's own folder
     save_teacher(Path(teacher), seed=5)
     assert finished(teacher) == ["sst2", "stsb"]
+
+
+def test_models_are_fine_tuned(evaluation: Run, teacher: str, student: str) -> None:
+    flags = ("--tasks", "sst2", "--protocol", "quick", "--max_length", "16", "--max_train_records", "8")
+    code, out, _ = evaluation(teacher, *flags)
+    assert (code, out.splitlines()[0]) == (0, "1 runs, 0 of them done")
+    code, out, _ = evaluation(teacher, student, *flags)
+    assert (code, out.splitlines()[0]) == (0, "2 runs, 1 of them done")
+    everything = json.loads(Path("out/eval.json").read_text())
+    assert everything["settings"]["max_length"] == 16
+    assert everything["tasks"]["sst2"]["train_records"] == 8
+    for of_model in everything["models"].values():
+        outcome = of_model["chosen"]["sst2"]
+        assert (outcome["learning_rate"], outcome["epochs"], list(outcome["by_seed"])) == (5e-5, 3, ["0"])
+        assert outcome["scores"] == of_model["scores"]["sst2"]
+    report = Path("out/eval.md").read_text()
+    assert report.startswith("# Evaluation by the protocol quick\n")
+    assert report.count(" 5e-05, 3 epochs |") == 2
+    assert "How they were made: Each model is fine-tuned on each task once" in report
+
+
+def test_fine_tuning_needs_training_records(evaluation: Run, teacher: str) -> None:
+    Path("data/sst2/train.parquet").unlink()
+    code, _, err = evaluation(teacher, "--tasks", "sst2", "--protocol", "quick")
+    assert (code, err) == (2, "minilm-eval: error: 'sst2' has no train split to fine-tune on\n")
 
 
 def test_ctrl_c_keeps_what_is_finished(
@@ -171,6 +199,7 @@ def test_a_task_of_ones_own_is_named_by_flags(evaluation: Run, teacher: str) -> 
         (("gone", "--tasks", "stsb"), 2, "cannot load the model 'gone', which is no folder here, from the hub"),
         (("data", "--tasks", "stsb"), 2, "cannot load the model 'data': it holds no config.json"),
         (("TEACHER", "--protocol", "slow"), 2, "argument --protocol: invalid choice: 'slow'"),
+        (("TEACHER", "--bf16"), 2, "--bf16 is of fine-tuning: --protocol quick or paper"),
         (("TEACHER", "--max_length", "0"), 2, "argument --max_length: '0' is no number from 1 up"),
     ],
 )

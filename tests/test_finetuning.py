@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from minilm.errors import NonFiniteError, UsageError
-from minilm.evaluation.finetuning import _encode_words, _subsample, finetune
+from minilm.evaluation.finetuning import _encode_words, _first_tokens, _subsample, finetune
 from minilm.evaluation.fitting import fit, predict
 from minilm.evaluation.settings import Settings
 from minilm.evaluation.task_data import TaskData
@@ -165,6 +165,22 @@ def test_families_have_a_head_of_each_kind(tmp_path: Path, family: str) -> None:
         assert 0 <= finetune(folder, data, settings, tmp_path / "run")["validation"]["accuracy"] <= 100
 
 
+def test_a_decoder_without_padding_token_pads_with_the_texts_end(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+
+    def load(**special: str) -> Any:
+        PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **special).save_pretrained(
+            tmp_path
+        )
+        return load_for_task(str(tmp_path), AutoModelForSequenceClassification, 24, 0, num_labels=2)
+
+    model, tokenizer = load(eos_token="[SEP]")
+    assert tokenizer.pad_token == "[SEP]"
+    assert model.config.pad_token_id == tokenizer.convert_tokens_to_ids("[SEP]")
+    with pytest.raises(UsageError, match="no padding token and no end-of-text token"):
+        load(unk_token="[UNK]")
+
+
 @pytest.mark.parametrize("labels", [3, 2])
 def test_the_head_of_a_classifier_is_not_taken_over(tmp_path: Path, labels: int) -> None:
     """Whether its size fits or not; the body is."""
@@ -226,6 +242,10 @@ def test_the_first_token_of_a_word_has_its_label(tokenizer: PreTrainedTokenizerF
             assert found.records["labels"][row][first] == [[3, 4, 5, 6, 7], [8]][row][place]
     labelled = [[label for label in row if label != -100] for row in found.records["labels"]]
     assert labelled == [[3, 4, 5, 7], [8]]
+
+
+def test_a_token_of_two_words_is_the_first_ones() -> None:
+    assert _first_tokens(["new", "york", "is"], [(0, 0), (0, 8), (9, 11), (0, 0)]) == [1, None, 2]
 
 
 def test_words_that_are_cut_off_are_outside(tmp_path: Path) -> None:

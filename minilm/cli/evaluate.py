@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minilm.cli.demo import TEACHER_NAME, teacher_folder
+from minilm.cli.demo import TEACHER_NAME, docstrings, teacher_folder
 from minilm.cli.terminal import OneLineErrors, fail, not_installed, patient_streams
 from minilm.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
+    from minilm.evaluation.mteb_tasks import MtebTask
     from minilm.evaluation.own_tasks import Columns
+    from minilm.evaluation.results import Results
     from minilm.evaluation.task_data import TaskData
     from minilm.evaluation.tasks import Task
 
@@ -19,9 +21,12 @@ PROGRAM = "minilm-eval"
 NEEDED = ("transformers", "datasets", "matplotlib", "sentence_transformers", "sklearn", "scipy")
 DESCRIPTION = """\
 Scores models on GLUE and on tasks of one's own, beside their size and speed: a table, eval.json, eval.md and eval.png.
-The protocol "probe" judges sentence vectors of the models as they are, in minutes. What is finished stays in
-OUTPUT_DIR/cells, and the same command goes on from there.
+The protocol "probe" judges sentence vectors of the models as they are, in minutes; "quick" and "paper" fine-tune them.
+What is finished stays in OUTPUT_DIR/cells, and the same command goes on from there.
 """
+OF_MTEB = "mteb:"
+LIMITS = ("max_length", "max_train_records")
+SPEED_LENGTH = 128  # tokens of the texts that the models are timed on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,26 +61,41 @@ def _evaluate(arguments: argparse.Namespace) -> str:
     from transformers.utils import logging
 
     from minilm.cli.evaluation_report import publish_evaluation
-    from minilm.evaluation.cells import Cells
-    from minilm.evaluation.judged import size_of, some_texts, texts_per_second, to_be_timed
-    from minilm.evaluation.probes import ProbeSettings, probe_all
+    from minilm.evaluation.judged import TEXTS, size_of, some_texts, texts_per_second, to_be_timed
     from minilm.evaluation.table import Judged
     from minilm.training.folders import claimed
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of weights
     models = _models(arguments.models)
-    settings = ProbeSettings(arguments.max_length, arguments.max_train_records)
+    of_mteb = _mteb_tasks(arguments)
     tasks, left_out = _read_tasks(arguments)
     for name, reason in left_out.items():
         print(f"left out {name}: {reason}", flush=True)
     sizes = {label: size_of(name) for label, name in models.items()}
     with claimed(arguments.output_dir):
-        scores = probe_all(models, tasks, settings, Cells(arguments.output_dir))
-        texts = some_texts(tasks)
-        timed = [to_be_timed(name, texts, arguments.max_length) for name in models.values()]
+        results = _results(arguments, models, tasks, of_mteb)
+        texts = some_texts(tasks) if tasks else [(text,) for text in docstrings()[:TEXTS]]
+        timed = [to_be_timed(name, texts, arguments.max_length or SPEED_LENGTH) for name in models.values()]
         speeds = dict(zip(models, texts_per_second(timed), strict=True))
-        judged = [Judged(label, sizes[label], speeds[label], scores[label]) for label in models]
-        return publish_evaluation(arguments.output_dir, judged, models, tasks, left_out, settings)
+        judged = [Judged(label, sizes[label], speeds[label], results.scores[label]) for label in models]
+        return publish_evaluation(
+            arguments.output_dir, arguments.protocol, judged, models, tasks, of_mteb, left_out, results
+        )
+
+
+def _results(
+    arguments: argparse.Namespace, models: dict[str, str], tasks: list["TaskData"], of_mteb: list["MtebTask"]
+) -> "Results":
+    from minilm.evaluation.cells import Cells
+    from minilm.evaluation.probes import ProbeSettings
+    from minilm.evaluation.results import PROBE, fine_tuned_results, probe_results
+    from minilm.evaluation.settings import Settings
+
+    cells = Cells(arguments.output_dir)
+    given = {name: value for name in LIMITS if (value := getattr(arguments, name)) is not None}
+    if arguments.protocol == PROBE:
+        return probe_results(models, tasks, of_mteb, ProbeSettings(**given), cells)
+    return fine_tuned_results(arguments.protocol, models, tasks, Settings(**given, bf16=arguments.bf16), cells)
 
 
 def _models(names: Sequence[str]) -> dict[str, str]:
@@ -95,28 +115,39 @@ def _is_demonstrations(name: str) -> bool:
 def _read_tasks(arguments: argparse.Namespace) -> tuple[list["TaskData"], dict[str, str]]:
     """The tasks with their records; where none is named, all that can be evaluated, and why the others cannot."""
     from minilm.evaluation.own_tasks import find_task, task_folders
-    from minilm.evaluation.probes import why_no_probe
+    from minilm.evaluation.results import FORMS, check_task
     from minilm.evaluation.task_data import read_task
     from minilm.evaluation.tasks import TASKS
 
     data_dir, named = arguments.data_dir, arguments.tasks is not None
-    on_the_hub = [task.name for task in TASKS.values() if task.hub]
+    on_the_hub = [task.name for task in TASKS.values() if task.hub and task.form in FORMS[arguments.protocol]]
     names = arguments.tasks if named else task_folders(data_dir) if data_dir else on_the_hub
+    names = [name for name in names if not name.startswith(OF_MTEB)]
     tasks, left_out = [], {}
     for name in names:
         try:
             data = read_task(find_task(name, data_dir, _columns(arguments)), data_dir)
-            if reason := why_no_probe(data):
-                raise UsageError(reason)
+            check_task(arguments.protocol, data)
             tasks.append(data)
         except UsageError as error:
             if named or not data_dir:
                 raise
             left_out[name] = str(error)
-    if not tasks:
+    if not tasks and not named:
         reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
         raise UsageError(f"--data_dir {str(data_dir)!r} holds no task{reasons}")
     return tasks, left_out
+
+
+def _mteb_tasks(arguments: argparse.Namespace) -> list["MtebTask"]:
+    names = [name for name in arguments.tasks or [] if name.startswith(OF_MTEB)]
+    if names and arguments.protocol != "probe":
+        raise UsageError(f"{names[0]!r} is of frozen vectors: --protocol probe, not {arguments.protocol}")
+    if not names:
+        return []
+    from minilm.evaluation.mteb_tasks import find_mteb_task
+
+    return [find_mteb_task(name) for name in names]
 
 
 def _list_tasks(arguments: argparse.Namespace) -> str:
@@ -148,12 +179,7 @@ def _columns(arguments: argparse.Namespace) -> "Columns":
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineErrors(
-        prog=PROGRAM,
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = OneLineErrors(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add(
         "models",
@@ -161,22 +187,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="MODEL",
         help=f"folder or name of a model, or {TEACHER_NAME}; speeds are set beside the first one's",
     )
-    add("--tasks", type=_names, help="names with commas between, by default all that can be done; list shows them")
+    add(
+        "--tasks",
+        type=_names,
+        help="names with commas between, by default all that can be done; list shows them; mteb:NAME is one of MTEB",
+    )
     add(
         "--data_dir",
         type=Path,
         help="where each task is a folder of train, validation and test files (.parquet, .csv, .tsv, .json, .jsonl); "
         "without it GLUE comes from the hub",
     )
-    add("--protocol", choices=["probe"], default="probe", help="how the models are judged")
+    add(
+        "--protocol",
+        choices=["probe", "quick", "paper"],
+        default="probe",
+        help="frozen vectors; one fine-tuning of each model on each task; the papers' grid of them",
+    )
     add("--output_dir", type=Path, help="where the results go")
-    add("--max_length", type=_positive, default=128, help="tokens of a text; what is longer is cut off")
+    add("--max_length", type=_positive, help="tokens of a text (128; where answers are looked for, 384)")
     add(
         "--max_train_records",
         type=_positive,
-        default=10_000,
-        help="of a task that are learnt from, drawn with a fixed seed",
+        help="of a task that are learnt from, drawn by a seed (probe: 10,000, quick: 2,000, paper: all)",
     )
+    add("--bf16", action="store_true", help="fine-tunes with products of matrices in bfloat16")
     add("--text_columns", type=_names, help="of tasks of one's own: the one or two columns that are read")
     add("--label_column", help="of tasks of one's own: what is predicted")
     add(
@@ -189,6 +224,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name, value in (("MODEL", arguments.models), ("--output_dir", arguments.output_dir)):
             if not value:
                 parser.error(f"the following arguments are required: {name}")
+    if arguments.bf16 and arguments.protocol == "probe":
+        parser.error("--bf16 is of fine-tuning: --protocol quick or paper")
     return arguments
 
 

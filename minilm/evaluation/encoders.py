@@ -21,11 +21,14 @@ class Encoder:
 
     Args:
         max_length: tokens of a text, special ones among them; fewer where the model's files say so.
+
+    Attributes:
+        loaded: what sentence-transformers has loaded, with its normalisation.
     """
 
     def __init__(self, name: str, max_length: int) -> None:
         with loading("model", name), quiet(), _without_hints():
-            loaded = SentenceTransformer(name, trust_remote_code=False)
+            self.loaded = loaded = SentenceTransformer(name, trust_remote_code=False)
         modules = [module for module in loaded if type(module).__name__ != "Normalize"]
         self._model = SentenceTransformer(modules=modules, device=str(loaded.device))
         self._model.prompts, self._model.default_prompt_name = loaded.prompts, loaded.default_prompt_name

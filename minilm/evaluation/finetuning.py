@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from minilm.errors import UsageError
+from minilm.evaluation.answer_training import finetune_answers
 from minilm.evaluation.fitting import fit, predict
 from minilm.evaluation.metrics import scores
 from minilm.evaluation.settings import Settings
@@ -31,7 +32,7 @@ def finetune(model: str, data: TaskData, settings: Settings, folder: Path) -> Sc
     """What the model scores after it was fine-tuned with a new head, with the weights of the last step.
 
     A text is classified, or its number predicted, by the head that transformers has for the model. A word is classified
-    by its first token.
+    by its first token. How answers are found is said at `finetune_answers`.
 
     Args:
         folder: for the Trainer, which leaves nothing in it.
@@ -43,7 +44,7 @@ def finetune(model: str, data: TaskData, settings: Settings, folder: Path) -> Sc
     if not len(data.train):
         raise UsageError(f"the task {data.task.name!r} has no training split: nothing to fine-tune on")
     data = replace(data, train=_subsample(data, settings.max_train_records, settings.seed))
-    judge = _of_words if data.task.form == "tokens" else _of_texts
+    judge = {"tokens": _of_words, "answers": finetune_answers}.get(data.task.form, _of_texts)
     return judge(model, data, settings, folder)
 
 

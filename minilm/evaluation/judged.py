@@ -17,7 +17,7 @@ from minilm.models.students import count_parameters
 from minilm.models.teachers import check_weights, loading, quiet, resolve_length
 
 TEXTS, BATCH, ROUNDS, SECONDS = 256, 32, 3, 1.0
-_NOT_THE_MODEL = ("metrics.json", "trainer_state.json", ".minilm.json")
+_NOT_THE_MODEL = ("metrics.json", "eval.json", "trainer_state.json", ".minilm.json")
 
 
 def fingerprint_model(name: str) -> str:

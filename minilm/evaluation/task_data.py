@@ -10,6 +10,7 @@ from datasets import Dataset, load_dataset
 from minilm.data.fingerprints import fingerprint_texts
 from minilm.data.reading import DataError
 from minilm.errors import UsageError, reason
+from minilm.evaluation.answer_records import check_answers, questions_of
 from minilm.evaluation.task_files import read_split, split_files
 from minilm.evaluation.task_labels import are_hidden, to_learn
 from minilm.evaluation.tasks import Task
@@ -66,6 +67,8 @@ def read_task(task: Task, data_dir: Path | None) -> TaskData:
             f"its splits are {', '.join(splits) or 'none'}"
         )
     used = {name: splits[name] for name in ("train", *scored) if name in splits}
+    if task.form == "answers":
+        used = {name: questions_of(split, f"the split {name!r} of {where}") for name, split in used.items()}
     for name, split in used.items():
         for column in (*task.texts, task.label):
             if column not in split.column_names:
@@ -75,6 +78,8 @@ def read_task(task: Task, data_dir: Path | None) -> TaskData:
                 )
         _check_texts(task, split, f"the split {name!r} of {where}")
     if task.form == "answers":
+        for name, split in used.items():
+            check_answers(split, f"the split {name!r} of {where}")
         columns = {name: split.select_columns([*task.texts, task.label]) for name, split in used.items()}
         classes: tuple[str, ...] = ()
     else:

@@ -1,7 +1,8 @@
 """The splits of a task as files: train.parquet, validation.csv, test-00000-of-00002.parquet and so on.
 
 A split is called as on the hub (train, validation, validation_matched, test), validation also dev, val or valid. It is
-one file or numbered parts. Types are the files' own: what a CSV file writes as numbers are numbers.
+one file or numbered parts; SQuAD's own files keep their names, train-v2.0.json and dev-v2.0.json. Types are the files'
+own: what a CSV file writes as numbers are numbers.
 """
 
 import re
@@ -14,7 +15,7 @@ from datasets.table import InMemoryTable
 
 from minilm.data.reading import DataError, faults_at, json_records, kind_of
 
-_FILE = re.compile(r"(train|test|validation|dev|val|valid)(_[a-z]+)?(-\d+-of-\d+)?")
+_FILE = re.compile(r"(train|test|validation|dev|val|valid)(_[a-z]+)?(-\d+-of-\d+|-v\d)?")
 _VALIDATION = ("dev", "val", "valid")
 
 

@@ -25,7 +25,8 @@ def load_for_task(
         config: what the model's config is to say of the head, `num_labels` for one.
 
     Raises:
-        ValueError: nothing that loads there; weights that are not the model's; fewer positions than `max_length`.
+        UsageError: nothing that loads there; weights that are not the model's; fewer positions than `max_length`;
+            nothing to pad with.
     """
     with loading("model", name), quiet(), _without_bars():
         wanted = AutoConfig.from_pretrained(name, trust_remote_code=False, **config)
@@ -50,6 +51,8 @@ def load_for_task(
     check_tokenizer(name, model, tokenizer)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(f"the tokenizer of {name!r} has no padding token and no end-of-text token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders read a text's last token before the padding
     return model, tokenizer

@@ -125,7 +125,7 @@ def resolve_length(
     Raises:
         ValueError: more tokens than the teacher has positions, or none beside the special ones.
     """
-    length = min(USUAL_LENGTH, _positions(teacher) or USUAL_LENGTH) if max_length is None else max_length
+    length = min(USUAL_LENGTH, positions(teacher) or USUAL_LENGTH) if max_length is None else max_length
     check_length("teacher", teacher, length)
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if length <= special:
@@ -136,12 +136,12 @@ def resolve_length(
 
 def check_length(who: str, model: PreTrainedModel, length: int) -> None:
     """Raises `ValueError` for texts of more tokens than the model has positions."""
-    positions = _positions(model)
-    if positions is not None and length > positions:
-        raise UsageError(f"max_length {length} is more than the {who}'s {positions} positions")
+    longest = positions(model)
+    if longest is not None and length > longest:
+        raise UsageError(f"max_length {length} is more than the {who}'s {longest} positions")
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def positions(model: PreTrainedModel) -> int | None:
     """The longest text that the config and the tables of positions allow, None where they name no limit."""
     config = model.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None) or 0]  # XLNet's -1 is none either
