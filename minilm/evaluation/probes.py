@@ -164,11 +164,10 @@ def _distinct(task: Task, splits: Any) -> dict[str, None]:
 
 
 def _features(vectors: list[Vectors]) -> NDArray[np.float64]:
-    u, *others = (vector.astype(np.float64) for vector in vectors)
-    if not others:
-        return u
-    (v,) = others
-    return np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
+    if len(vectors) == 1:
+        return vectors[0].astype(np.float64)
+    u, v = vectors  # float32: what is below its range stays a constant, not a feature that is scaled up
+    return np.concatenate([u, v, np.abs(u - v), u * v], axis=1).astype(np.float64)
 
 
 def _labels(task: Task, split: Dataset) -> NDArray[Any]:
