@@ -15,8 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's) and returns its exit code.
 
     0: done. 1: it cannot be done here (a package that is not installed, an output folder with another run, a full
-    disk, a loss that is no number any more). 2: a wrong flag or value. 130 and 143: stopped by Ctrl-C or SIGTERM. Each
-    but the first says why in one line. What cannot be printed, because nobody reads any more, is no error.
+    disk, a loss that is no number any more), or losses of --check lie outside the band. 2: a wrong flag or value. 130
+    and 143: stopped by Ctrl-C or SIGTERM. Each but the first says why in one line. What cannot be printed, because
+    nobody reads any more, is no error.
     """
     with patient_streams():
         try:
@@ -33,6 +34,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return fail(PROGRAM, missing, 1)
     # Here and not above: they take seconds, and the line before must work without them.
     from minilm.cli.arguments import parse
+    from minilm.cli.check import check
     from minilm.cli.distill import dry_run, prepare, train
     from minilm.cli.report import overview
     from minilm.cli.stages import stages
@@ -44,6 +46,10 @@ def _run(argv: Sequence[str] | None) -> int:
     main_process = arguments.training.should_save
     try:
         with _refusals():
+            if arguments.run.check:
+                told, as_it_should_be = check(arguments)
+                print(told)
+                return 0 if as_it_should_be else 1
             todo = stages(arguments)
             if arguments.run.dry_run:
                 told = dry_run(*todo)
