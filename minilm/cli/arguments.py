@@ -10,7 +10,7 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from minilm.cli import recipes
-from minilm.cli.checks import MODES, find_data_flag, find_meaningless, find_missing
+from minilm.cli.checks import MODES, find_beside_check, find_data_flag, find_meaningless, find_missing
 from minilm.cli.demo import OUTPUT_DIR
 from minilm.cli.flags import DataArguments, ModelArguments, ObjectiveArguments, RunArguments, TrainerArguments
 from minilm.cli.terminal import OneLineErrors
@@ -96,6 +96,8 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         parser.error(problem)
     if unknown:
         parser.error(_unknown(unknown, parser))
+    if given.check and (problem := find_beside_check(_named(argv, parser))):
+        parser.error(problem)
     # Here and not above: it takes seconds, for which help and wrong flags need not wait.
     from minilm.objectives.systems import own_defaults
 
@@ -111,6 +113,12 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         parser.error(problem)
     model, data, objective, run, training = parsed
     return Arguments(model, data, objective, run, training, demo)
+
+
+def _named(argv: list[str], parser: HfArgumentParser) -> list[str]:
+    """The flags that stand in the command line, whatever their values."""
+    unset = Namespace(**dict.fromkeys(action.dest for action in parser._actions))
+    return [name for name, value in vars(parser.parse_known_args(argv, unset)[0]).items() if value is not None]
 
 
 def _is_unicode(argument: str) -> bool:

@@ -12,6 +12,11 @@ from minilm.values import find_fault
 
 # Not given, or this one: which cannot be.
 MODES = {"do_train": False, "do_eval": False, "do_predict": True}
+# What --check goes with: how the demonstration is computed, not what.
+BESIDE_CHECK = {
+    *("check", "seed", "full_determinism", "implementation", "use_cpu", "bf16", "fp16", "tf32", "disable_tqdm"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+}
 JSON_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # may also be the name of a file
 
 
@@ -56,6 +61,14 @@ def find_data_flag(given: Any) -> str | None:
         if getattr(given, flag):
             return f"--{flag} is given without --data"
     return None
+
+
+def find_beside_check(named: Sequence[str]) -> str | None:
+    """Of the flags that are named beside --check the first that would make another run of it."""
+    other = next((name for name in named if name not in BESIDE_CHECK), None)
+    if other is None:
+        return None
+    return f"--{other} is given with --check, which is a run of the demonstration as it stands: leave one of them out"
 
 
 def find_missing(given: Any) -> str | None:

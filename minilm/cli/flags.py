@@ -244,6 +244,14 @@ class RunArguments:
         default=False,
         metadata=_about("Build everything, take three steps, print parameters, memory and time, write nothing."),
     )
+    check: bool = field(
+        default=False,
+        metadata=_about(
+            "Take the first 100 steps of the demonstration and tell whether its losses lie in the band of the "
+            "reference run; exit code 1 where they do not. It goes with --seed and flags of device, precision and "
+            "implementation."
+        ),
+    )
 
 
 class TrainerArguments(TrainingArguments):

@@ -15,15 +15,23 @@ from minilm.training.checkpoints import CheckpointingTrainer
 STEPS = 3
 
 
+def unsaved(training: TrainingArguments, folder: str) -> TrainingArguments:
+    """The same training with nothing saved or reported, in a folder to be removed."""
+    changed = copy.copy(training)
+    changed.output_dir = folder
+    changed.resume_from_checkpoint = None
+    changed.report_to = []
+    changed.push_to_hub = changed.load_best_model_at_end = False
+    changed.save_strategy = type(training.save_strategy)("no")
+    return changed
+
+
 def rehearsal_arguments(training: TrainingArguments, folder: str) -> TrainingArguments:
     """The same training, three steps of it, with nothing saved, evaluated or reported; in a folder to be removed."""
-    rehearsal = copy.copy(training)
-    rehearsal.output_dir = folder
+    rehearsal = unsaved(training, folder)
     rehearsal.max_steps = STEPS
-    rehearsal.resume_from_checkpoint = None
-    rehearsal.report_to = []
-    rehearsal.push_to_hub = rehearsal.load_best_model_at_end = rehearsal.eval_on_start = False
-    for strategy in ("save_strategy", "eval_strategy", "logging_strategy"):
+    rehearsal.eval_on_start = False
+    for strategy in ("eval_strategy", "logging_strategy"):
         setattr(rehearsal, strategy, type(getattr(training, strategy))("no"))
     return rehearsal
 

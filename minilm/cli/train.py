@@ -15,8 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's) and returns its exit code.
 
     0: done. 1: it cannot be done here (a package that is not installed, an output folder with another run, a full
-    disk, a loss that is no number any more). 2: a wrong flag or value. 130 and 143: stopped by Ctrl-C or SIGTERM. Each
-    but the first says why in one line. What cannot be printed, because nobody reads any more, is no error.
+    disk, a loss that is no number any more), or losses of --check lie outside the band. 2: a wrong flag or value. 130
+    and 143: stopped by Ctrl-C or SIGTERM. Each but the first says why in one line. What cannot be printed, because
+    nobody reads any more, is no error.
     """
     with patient_streams():
         try:
@@ -36,6 +37,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
     arguments = parse(argv)
     # These take longer still, for which help and wrong flags need not wait.
+    from minilm.cli.check import check
     from minilm.cli.distill import dry_run, prepare, train
     from minilm.cli.report import overview
     from minilm.cli.stages import stages
@@ -46,6 +48,10 @@ def _run(argv: Sequence[str] | None) -> int:
     main_process = arguments.training.should_save
     try:
         with _refusals():
+            if arguments.run.check:
+                told, as_it_should_be = check(arguments)
+                print(told)
+                return 0 if as_it_should_be else 1
             todo = stages(arguments)
             if arguments.run.dry_run:
                 told = dry_run(*todo)
