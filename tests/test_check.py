@@ -193,6 +193,7 @@ def test_a_check_takes_the_first_steps_of_the_schedule_and_leaves_nothing(
         code, out, _ = command("--check", "--use_cpu", "--disable_tqdm", "true")
         assert code == expected
         told = out.splitlines()
+        assert "folder     none, the student is not kept" in told
         assert [line.split()[-1] for line in told[-12:-2]] == [["inside", "OUTSIDE"][expected]] * 10
         assert told[-1].startswith(("All 10 losses lie in", "10 of 10 losses lie outside")[expected])
     warmup = DEMO["warmup_steps"]
