@@ -1,20 +1,24 @@
-"""What a model is worth as it is: frozen probes of `minilm.evaluation` on four tasks."""
+"""What a model is worth as it is: frozen probes of `minilm.evaluation` on three tasks.
+
+MRPC is none of them: of frozen vectors its F1 is 72 for the teacher and 78 for its embeddings alone, so that it does
+not tell better models from worse.
+"""
 
 from pathlib import Path
 
 from minilm.evaluation.encoders import Encoder
 from minilm.evaluation.probes import probe
 from minilm.evaluation.task_data import TaskData, read_task
-from minilm.evaluation.tasks import TASKS, Task
+from minilm.evaluation.tasks import TASKS
 
-TREC = Task("trec", "classification", ("text",), "coarse_label", ("accuracy",), ("test",))
 TRAIN_RECORDS, MAX_LENGTH = 5_000, 128
 
 
 def read_tasks(folder: Path) -> list[TaskData]:
-    """STS-B (Spearman of cosines), TREC, MRPC and SST-2 (of linear probes accuracy, or F1), from folders of files."""
-    tasks = (TASKS["stsb"], TREC, TASKS["mrpc"], TASKS["sst2"])
-    return [read_task(task, folder).with_train_records(TRAIN_RECORDS, seed=0) for task in tasks]
+    """STS-B (Spearman of cosines), TREC and SST-2 (accuracy of linear probes), from folders of files."""
+    return [
+        read_task(TASKS[name], folder).with_train_records(TRAIN_RECORDS, seed=0) for name in ("stsb", "trec", "sst2")
+    ]
 
 
 def scores(model: str, tasks: list[TaskData]) -> dict[str, float]:

@@ -8,7 +8,7 @@
 
 A cell is a run of `minilm-train`, or a control, with one seed. Stop the command when you like: cells that are done
 stand in bench/results/experiments.csv, and a run that was cut off goes on from its last checkpoint. ENCODER_MLM is what
-`bench/masked_lm_head.py` makes of ENCODER. TASKS holds folders stsb, trec, mrpc and sst2 of files (see minilm-eval).
+`bench/masked_lm_head.py` makes of ENCODER. TASKS holds folders stsb, trec and sst2 of files (see minilm-eval).
 """
 
 import sys
