@@ -25,7 +25,8 @@ REFERENCE = Path(__file__).with_name("reference_run.json")
 STEPS = 100
 WINDOW = 50  # steps from one evaluation to the next, and between the batches of a length that the sampler draws
 PREFIXES = {"held-out": "eval_", "training": ""}  # in the Trainer's log
-TOLERANCE = 0.04  # other Pythons' docstrings move the losses by up to 0.03, bf16 by less
+# With the docstrings of 3.12, 3.13 and Debian's 3.11 held-out losses moved by up to 0.033, in bf16 by up to 0.002.
+TOLERANCE = 0.04
 
 
 class Band(NamedTuple):
