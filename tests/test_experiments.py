@@ -1,10 +1,11 @@
 """The experiments' own logic on tiny models: which cells there are, what they run, how the loop goes on, the tables."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from statistics import stdev
+from statistics import mean, stdev
 
 import datasets
 import pytest
@@ -20,7 +21,7 @@ import experiments
 import masked_lm_head
 import sentences
 from _cells import Sources, make, training_flags
-from _experiments import COMPARISONS, ENDS, HALF, LAYERS, PCA, QUICK, RANDOM, SYSTEMS, WHOLE, Cell, Comparison
+from _experiments import COMPARISONS, ENDS, HALF, LAYERS, PCA, QUICK, RANDOM, SLICE, SYSTEMS, WHOLE, Cell, Comparison
 from _report import DOCUMENT, TASKS, ExperimentRow, table, values_by_line
 from _results import RESULTS, read_csv
 
@@ -172,3 +173,21 @@ def test_the_tables_in_the_document_are_those_that_were_measured() -> None:
         told = document.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
         assert told == table(comparison, values)
         assert told.count("\n") > 3
+
+
+def test_the_findings_in_the_readme_are_the_tables() -> None:
+    values = values_by_line(read_csv(ExperimentRow, RESULTS / "experiments.csv"))
+    readme = (DOCUMENT.parent / "README.md").read_text(encoding="utf-8")
+    told = readme.split("<!-- findings -->\n")[1].split("<!-- end of findings -->")[0]
+    layers, untrained = (LAYERS, 300), (LAYERS, 0)
+    lines = [
+        *((("untrained", WHOLE, *untrained), task) for task in ("stsb", "mean")),
+        *((("minilm", WHOLE, *layers), task) for task in ("stsb", "mean", "trec")),
+        *((("teacher", "6x384", "", 0), task) for task in ("stsb", "mean")),
+        (("minilm + embedding", WHOLE, *layers), "mean"),
+        *((("embedding", WHOLE, *layers), task) for task in ("mean", "trec")),
+        *(((f"sentence-transformers, {distance}", WHOLE, *layers), "mean") for distance in ("cosine", "mse")),
+        (("untrained", HALF, PCA, 0), "stsb"),
+        *(((name, HALF, start, 300), "stsb") for start in (PCA, SLICE) for name in ("minilm", "minilm + embedding")),
+    ]
+    assert sorted(re.findall(r"\d\d\.\d", told)) == sorted(f"{mean(values[line][task]):.1f}" for line, task in lines)
