@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilm.cli.terminal import OneLineErrors, fail, not_installed, patient_streams
+from minilm.cli.terminal import OneLineErrors, fail, not_installed, patient_streams, positive
 from minilm.errors import UsageError
 
 PROGRAM = "minilm-augment"
@@ -135,10 +135,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text_column", default="text", help="whose words are replaced")
     parser.add_argument("--second_column", help="another one, of tasks on pairs of texts")
     parser.add_argument("--glove", type=Path, help="file of word vectors, instead of the teacher's word embeddings")
-    parser.add_argument("--samples", type=_positive, default=20, help="copies of each record")
+    parser.add_argument("--samples", type=positive, default=20, help="copies of each record")
     parser.add_argument("--probability", type=_share, default=0.4, help="of a word to be replaced")
-    parser.add_argument("--candidates", type=_positive, default=15, help="substitutes of a word, of which one is drawn")
-    parser.add_argument("--batch_size", type=_positive, default=64, help="masked texts that the teacher reads at once")
+    parser.add_argument("--candidates", type=positive, default=15, help="substitutes of a word, of which one is drawn")
+    parser.add_argument("--batch_size", type=positive, default=64, help="masked texts that the teacher reads at once")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     return parser.parse_args(argv)
 
@@ -148,12 +148,6 @@ def _json_lines(text: str) -> Path:
     if path.suffix != ".jsonl":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .jsonl")
     return path
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
 
 
 def _share(text: str) -> float:

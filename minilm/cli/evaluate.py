@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minilm.cli.demo import TEACHER_NAME, docstrings, teacher_folder
-from minilm.cli.terminal import OneLineErrors, fail, not_installed, patient_streams
+from minilm.cli.terminal import OneLineErrors, fail, not_installed, patient_streams, positive
 from minilm.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
@@ -205,10 +205,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="frozen vectors; one fine-tuning of each model on each task; the papers' grid of them",
     )
     add("--output_dir", type=Path, help="where the results go")
-    add("--max_length", type=_positive, help="tokens of a text (128; where answers are looked for, 384)")
+    add("--max_length", type=positive, help="tokens of a text (128; where answers are looked for, 384)")
     add(
         "--max_train_records",
-        type=_positive,
+        type=positive,
         help="of a task that are learnt from, drawn by a seed (probe: 10,000, quick: 2,000, paper: all)",
     )
     add("--bf16", action="store_true", help="fine-tunes with products of matrices in bfloat16")
@@ -234,9 +234,3 @@ def _names(text: str) -> list[str]:
     if "" in names or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of different names with commas between")
     return names
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)

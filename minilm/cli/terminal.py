@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
@@ -24,6 +24,13 @@ def fail(program: str, message: str, code: int) -> int:
     """Says in one line of stderr why the program ends, and returns its exit code."""
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def positive(text: str) -> int:
+    """An int of a flag, at least 1."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise ArgumentTypeError(f"{text!r} is no number from 1 up")
+    return int(text)
 
 
 def not_installed(packages: Iterable[str], extra: str = "train") -> str | None:

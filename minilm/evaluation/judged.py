@@ -9,12 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.data.fingerprints import fingerprint_files
-from minilm.errors import UsageError
 from minilm.evaluation.task_data import TaskData
 from minilm.models.batches import Batch
 from minilm.models.speed import measure_speed
 from minilm.models.students import count_parameters
-from minilm.models.teachers import check_weights, loading, quiet, resolve_length
+from minilm.models.teachers import check_complete, check_weights, loading, quiet, resolve_length
 
 TEXTS, BATCH, ROUNDS, SECONDS = 256, 32, 3, 1.0
 _NOT_THE_MODEL = ("metrics.json", "eval.json", "trainer_state.json", ".minilm.json")
@@ -50,8 +49,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # of which the loading report tells, in place of an error without sizes
         )
-    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
-        raise UsageError(f"the weights of the model {name!r} lack {len(missing)} of its tensors, {missing[0]} for one")
+    check_complete("model", name, (key for key in info["missing_keys"] if not key.startswith("pooler.")))
     check_weights("model", name, model, info)
     with loading("model", name, "tokenizer"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

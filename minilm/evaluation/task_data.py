@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ class TaskData:
     evaluated: dict[str, Dataset]
     classes: tuple[str, ...]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hex digest of all that is read of it."""
         splits = [self.train, *self.evaluated.values()]

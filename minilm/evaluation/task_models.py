@@ -10,7 +10,15 @@ from transformers.utils import logging as transformers_logging
 
 from minilm.errors import UsageError
 from minilm.models.students import seeded
-from minilm.models.teachers import check_length, check_tokenizer, check_weights, is_of_head, loading, quiet
+from minilm.models.teachers import (
+    check_complete,
+    check_length,
+    check_tokenizer,
+    check_weights,
+    is_of_head,
+    loading,
+    quiet,
+)
 
 
 def load_for_task(
@@ -40,8 +48,7 @@ def load_for_task(
                 ignore_mismatched_sizes=True,  # a head for another number of labels
             )
     info["mismatched_keys"] = [found for found in info["mismatched_keys"] if not is_of_head(found[0], model)]
-    if missing := sorted(key for key in info["missing_keys"] if not is_of_head(key, model)):
-        raise UsageError(f"the weights of the model {name!r} lack {len(missing)} of its tensors, {missing[0]} for one")
+    check_complete("model", name, (key for key in info["missing_keys"] if not is_of_head(key, model)))
     check_weights("model", name, model, info)
     if (wanted.architectures or [""])[0].endswith(("Classification", "QuestionAnswering")):
         _renew_head(model, auto_class, seed)

@@ -9,7 +9,7 @@ from minilm.errors import UsageError
 from minilm.models.heads import has_vocabulary_head
 from minilm.models.probes import base_of, embedding_rows
 from minilm.models.students import seeded
-from minilm.models.teachers import auto_class, check_weights, is_of_head, loading, quiet
+from minilm.models.teachers import auto_class, check_complete, check_weights, is_of_head, loading, quiet
 
 
 def load_student(
@@ -38,11 +38,7 @@ def load_student(
     info["mismatched_keys"] = [
         found for found in info["mismatched_keys"] if not (with_head and _of_head(found[0], model))
     ]
-    missing = sorted(key for key in info["missing_keys"] if not _of_head(key, model))
-    if missing:
-        raise UsageError(
-            f"the weights of the student {name!r} lack {len(missing)} of its tensors, {missing[0]} for one"
-        )
+    check_complete("student", name, (key for key in info["missing_keys"] if not _of_head(key, model)))
     check_weights("student", name, model, info)
     _check_inputs(name, model, teacher)
     return cast(PreTrainedModel, model)

@@ -202,6 +202,14 @@ def _head_loader(class_name: str) -> Any:
     return next((load for ending, load in _HEADS.items() if class_name.endswith(ending)), None)
 
 
+def check_complete(who: str, name: str, missing: Iterable[str], why: str = "") -> None:
+    """Raises `ValueError` for tensors of a model that its weights lack; `why` ends its sentence."""
+    if lacking := sorted(missing):
+        raise UsageError(
+            f"the weights of the {who} {name!r} lack {len(lacking)} of its tensors, {lacking[0]} for one{why}"
+        )
+
+
 def check_weights(who: str, name: str, model: PreTrainedModel, info: Mapping[str, Iterable[Any]]) -> None:
     """Raises `ValueError` for weights of other sizes, of a body that the model is not, or not finite."""
     if mismatched := sorted(info["mismatched_keys"]):
@@ -229,10 +237,8 @@ def _check_missing(name: str, model: PreTrainedModel, missing_keys: Iterable[str
     if missing:
         (saved_as, *_), made = model.config.architectures or [""], type(model).__name__
         other = saved_as not in ("", made) and _head_loader(saved_as) is None
-        raise UsageError(
-            f"the weights of the teacher {name!r} lack {len(missing)} of its tensors, {missing[0]} for one"
-            + (f": they are of a {saved_as}, and transformers loads a {made}" if other else "")
-        )
+        why = f": they are of a {saved_as}, and transformers loads a {made}" if other else ""
+        check_complete("teacher", name, missing, why)
 
 
 def is_of_head(key: str, model: PreTrainedModel) -> bool:
