@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from _curves import CurveRow, losses, plot_curves, table_of_curves
 from _experiments import COMPARISONS, Cell, Comparison
 from _results import ROOT
 
@@ -88,14 +89,16 @@ def _with_spread(numbers: list[float]) -> str:
     return f"{mean(numbers):.1f}" + (f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else "")
 
 
-def write_report(rows: Sequence[ExperimentRow], document: Path, folder: Path) -> None:
+def write_report(rows: Sequence[ExperimentRow], drawn: Sequence[CurveRow], document: Path, folder: Path) -> None:
     """Replaces what stands between the markers of each comparison, and draws its plot into the folder."""
-    values, text = values_by_line(rows), document.read_text(encoding="utf-8")
-    for name, comparison in COMPARISONS.items():
+    values, found, text = values_by_line(rows), losses(drawn), document.read_text(encoding="utf-8")
+    tables = {name: table(comparison, values) for name, comparison in COMPARISONS.items()}
+    for name, written in (tables | {"curves": table_of_curves(found)}).items():
         before, _, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"\n<!-- end of {name} -->")
-        text = f"{before}<!-- {name} -->\n{table(comparison, values)}{end}{after}"
+        text = f"{before}<!-- {name} -->\n{written}{end}{after}"
     document.write_text(text, encoding="utf-8")
+    plot_curves(found, folder / "experiments_curves.png")
     for name, comparison in COMPARISONS.items():
         if measured := list(_measured(comparison, values)):
             _plot(comparison.title, measured, folder / f"experiments_{name}.png")

@@ -189,13 +189,17 @@ def old_rows(row_type: type[Row], path: Path) -> list[Row]:
         raise SystemExit(2) from None
 
 
-def write_csv(rows: Sequence[Any], path: Path) -> None:
-    """All rows, at least one. The file is written under another name and then renamed: it is never half of it."""
+def write_csv(rows: Sequence[Any], path: Path, digits: int = 5) -> None:
+    """All rows, at least one. The file is written under another name and then renamed: it is never half of it.
+
+    Args:
+        digits: of floats, significant ones.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     with aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+            writer.writerow({k: f"{v:.{digits}g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
     os.replace(aside, path)

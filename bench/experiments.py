@@ -20,12 +20,13 @@ from pathlib import Path
 
 from _arguments import add_commit, add_out, make_parser, positive
 from _cells import Sources, make
+from _curves import CurveRow, curves
 from _experiments import COMPARISONS, QUICK, SYSTEMS
 from _report import DOCUMENT, ExperimentRow, write_report
 from _results import old_rows, replace, this_commit, write_csv
 from _scores import read_tasks, scores
 
-CSV = "experiments.csv"
+CSV, CURVES = "experiments.csv", "experiments_curves.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.report:
-        write_report(old_rows(ExperimentRow, args.out / CSV), DOCUMENT, args.out)
+        rows, drawn = old_rows(ExperimentRow, args.out / CSV), old_rows(CurveRow, args.out / CURVES)
+        write_report(rows, drawn, DOCUMENT, args.out)
         return 0
     if missing := [name for name in ("teacher", "data", "tasks", "work") if getattr(args, name) is None]:
         parser.error(f"--{missing[0]} is missing")
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = list(dict.fromkeys(chain.from_iterable(comparison.cells(seeds) for comparison in chosen)))
     done = {row.cell for row in old_rows(ExperimentRow, path)}
     wanted = [name for name in args.only or SYSTEMS if args.head or not SYSTEMS[name].head]
-    left = [cell for cell in cells if cell not in done and cell.system in wanted]
+    left = [cell for cell in cells if cell not in done and cell.system in wanted and cell.steps <= args.max_steps]
     print(f"{len(cells)} models, {len(left)} of them still to be made", flush=True)
 
     sources = Sources(args.teacher, args.head, args.data, args.work)
@@ -60,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = [ExperimentRow.of(cell, Path(args.data), task, value, commit) for task, value in values.items()]
             write_csv(replace(old_rows(ExperimentRow, path), rows), path)
             print(cell.name, *(f"{task} {value:.1f}" for task, value in values.items()), sep="  ", flush=True)
+    commits = {row.cell: row.commit for row in old_rows(ExperimentRow, path)}
+    if drawn := list(curves({cell: commits[cell] for cell in cells if cell in commits}, args.work)):
+        file = path.with_name(CURVES)
+        write_csv(replace(old_rows(CurveRow, file), drawn), file, digits=8)
     return int(failed > 0)
 
 
@@ -72,6 +78,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for the models")
     parser.add_argument("--compare", nargs="+", choices=COMPARISONS, default=["systems"], help="which tables")
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help="of these tables some lines")
+    parser.add_argument("--max_steps", type=positive, default=5000, metavar="N", help="and none of more steps")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each cell (default: 3)")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--quick", action="store_true", help="ten minutes on a CPU; the results go to --work")

@@ -21,6 +21,7 @@ import experiments
 import masked_lm_head
 import sentences
 from _cells import Sources, make, training_flags
+from _curves import BF16, FP32, REFERENCE, STEPS, CurveRow, curves, losses, table_of_curves
 from _experiments import COMPARISONS, ENDS, HALF, LAYERS, PCA, QUICK, RANDOM, SLICE, SYSTEMS, WHOLE, Cell, Comparison
 from _report import DOCUMENT, TASKS, ExperimentRow, table, values_by_line
 from _results import RESULTS, read_csv
@@ -78,6 +79,8 @@ def test_a_stopped_loop_makes_only_what_is_left(
     monkeypatch.setattr(experiments, "make", fake)
     monkeypatch.setattr(experiments, "read_tasks", lambda folder: None)
     monkeypatch.setattr(experiments, "scores", lambda model, tasks: dict.fromkeys(TASKS, 50.0 + len(model)))
+    drawn = [CurveRow(system="minilm", student=WHOLE, start=LAYERS, steps=2, seed=1, step=1, loss=1 / 3, commit="abc")]
+    monkeypatch.setattr(experiments, "curves", lambda commits, work: drawn if len(commits) == 5 else [])
     paths = ["--teacher", "t", "--data", "d", "--tasks", "x", "--work", str(tmp_path), "--out", str(tmp_path)]
     assert experiments.main([*paths, "--seeds", "2"]) == 1
     assert "minilm_3x384_layers_2_4_6_2_2: killed" in capsys.readouterr().err
@@ -86,8 +89,11 @@ def test_a_stopped_loop_makes_only_what_is_left(
     assert made[5:] == [Cell("minilm", WHOLE, LAYERS, 2, 2)]
     measured = read_csv(ExperimentRow, tmp_path / "experiments.csv")
     assert len(measured) == 5 * len(TASKS)
+    assert [row.loss for row in read_csv(CurveRow, tmp_path / "experiments_curves.csv")] == [0.33333333]
     assert experiments.main([*paths, "--seeds", "3", "--only", "untrained"]) == 0
     assert made[6:] == [Cell("untrained", WHOLE, RANDOM, 0, 3)]
+    assert experiments.main([*paths, "--seeds", "3", "--max_steps", "1"]) == 0
+    assert len(made) == 7
     with pytest.raises(SystemExit):
         experiments.main(paths[2:])
     assert "--teacher is missing" in capsys.readouterr().err
@@ -110,6 +116,31 @@ def test_a_line_is_the_mean_and_spread_over_its_seeds() -> None:
         for mean, numbers in ((81, (80, 82)), (70.5, (70, 71)), (60, (60, 60)), (70.5, (70, 71)))
     )
     assert line == f"| minilm | 3x384 | {LAYERS} | 2 | {spreads} | 2 |"
+
+
+def test_curves_are_what_the_runs_logged_of_the_seeds_that_all_have(tmp_path: Path) -> None:
+    logged = {(BF16, 1): (1.01, 0.49), (FP32, 1): (1.0, 0.5), (REFERENCE, 1): (1.0, 0.5001), (BF16, 3): (3.0, 3.0)}
+    logged |= {(system, 2): (2.0, 1.0) for system in (BF16, FP32, REFERENCE)}
+    cells = {Cell(system, WHOLE, LAYERS, STEPS, seed): values for (system, seed), values in logged.items()}
+    others = [Cell(FP32, WHOLE, RANDOM, STEPS, 1), Cell("tinybert", WHOLE, LAYERS, STEPS, 1)]
+    for cell, (first, second) in {**cells, **dict.fromkeys(others, (2.0, 2.0))}.items():
+        folder = tmp_path / cell.name / f"checkpoint-{STEPS}"
+        folder.mkdir(parents=True)
+        entries = [{"step": 0, "eval_loss": 9.0}, {"step": 50, "loss": first}, {"step": 100, "loss": second}]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    unfinished = Cell(BF16, WHOLE, LAYERS, STEPS, 4)
+    found = list(curves(dict.fromkeys([*cells, *others, unfinished], "abc"), tmp_path))
+    assert [(row.system, row.seed, row.step, row.loss) for row in found] == [
+        (system, seed, step, loss)
+        for (system, seed), values in logged.items()
+        for step, loss in zip((50, 100), values, strict=True)
+    ]
+    assert {row.commit for row in found} == {"abc"}
+    lines = table_of_curves(losses(found)).splitlines()[2:]
+    assert lines == [
+        "| 50 | 1.50500 | 1.50000 | 1.50000 | 0 % | 1 % | 2 |",
+        "| 100 | 0.74500 | 0.75000 | 0.75005 | 0.02 % | 2 % | 2 |",
+    ]
 
 
 def test_starts_are_what_their_names_say(tmp_path: Path) -> None:
