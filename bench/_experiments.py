@@ -101,7 +101,7 @@ COMPARISONS: dict[str, Comparison] = {
     "width": Comparison(
         "A student of half the width",
         (
-            *((UNTRAINED, HALF, start, 0) for start in (SLICE, PCA)),
+            *((UNTRAINED, HALF, start, 0) for start in (SLICE, PCA, RANDOM)),
             *((name, HALF, start, 300) for start in (SLICE, PCA) for name in _EXTRAS),
             *((name, HALF, RANDOM, 300) for name in ("minilm", "minilm, assistant 6x192", "minilm + embedding")),
         ),
