@@ -4,11 +4,13 @@ A provider turns a case into a function (teacher, student, mask) -> scalar loss 
 B batch, R relation heads, N tokens, d dimension of a relation head, as in `_cases`.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from _attention import attend_by_flash, attend_by_flex, attention_loss, carried_lse, flex_mask
 from _cases import Case, Triple
 from torch import Tensor
 from torch.nn import functional as F
@@ -61,10 +63,7 @@ def loop(case: Case, device: str) -> Loss:
 
     def scores(x: Tensor, y: Tensor) -> Tensor:
         scores = (x @ y.mT / math.sqrt(x.shape[-1])).float()
-        if not causal:
-            return scores
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        return scores.masked_fill(later, torch.finfo(scores.dtype).min)
+        return _without_later(scores) if causal else scores
 
     def loss(teacher: Triple, student: Triple, mask: Tensor | None) -> Tensor:
         total = torch.zeros((), device=student[0].device)
@@ -81,46 +80,53 @@ def loop(case: Case, device: str) -> Loss:
 
 
 def flash(case: Case, device: str) -> Loss:
-    """Two calls of PyTorch's flash attention a relation, with values [Y_T | Y_S] for the teacher:
+    """Two calls of PyTorch's flash attention a relation."""
 
-    KL_i = scale_T x_T·O_TT − scale_S x_S·O_TS − lse_T + lse_S
-    """
-    relations, causal = case.relations, case.causal
-    scale_t, scale_s = 1 / math.sqrt(case.d_t), 1 / math.sqrt(case.d_s)
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return attend_by_flash(query, key, value, scale, case.causal)
 
-    def rows(x_t: Tensor, y_t: Tensor, x_s: Tensor, y_s: Tensor) -> Tensor:
-        o_t, lse_t = _attention(x_t, y_t, torch.cat([y_t, y_s], -1), scale_t, causal)
-        o_tt, o_ts = o_t.split([y_t.shape[-1], y_s.shape[-1]], -1)
-        # The kernel gives lse_S no gradient. It is scale (Q Y) for x and scale (Qᵀ X) for y: that of this product with
-        # the attention's query and key held constant, whose value is taken away again.
-        o_s, lse_s = _attention(x_s.detach(), y_s.detach(), y_s, scale_s, causal)
-        carrier = scale_s * (_dot(x_s, o_s.detach()) + _dot(x_s.detach(), o_s))
-        lse_s = lse_s + carrier - carrier.detach()
-        return scale_t * _dot(x_t, o_tt) - scale_s * _dot(x_s, o_ts) - lse_t + lse_s
+    return attention_loss(case, attend, lambda x, y, scale: carried_lse(x, y, scale, attend))
+
+
+def flex(case: Case, device: str) -> Loss:
+    """Two calls of FlexAttention a relation, which takes masks and gives the logsumexp its gradient; compiled."""
+    mask = flex_mask(case, device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return attend_by_flex(query, key, value, scale, mask)
+
+    torch.compiler.reset()
+    loss = attention_loss(case, attend, lambda x, y, scale: attend(x, y, y, scale)[1])
+    compiled_loss: Loss = torch.compile(loss, fullgraph=True, dynamic=False)
+    return compiled_loss
+
+
+def liger(case: Case, device: str) -> Loss:
+    """Liger Kernel's divergence, of scores and logarithms of their softmax in memory."""
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    divergence = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    relations, causal, n = case.relations, case.causal, case.n
+
+    def log_softmax(x: Tensor, y: Tensor) -> Tensor:
+        scores = (x @ y.mT / math.sqrt(x.shape[-1])).float()
+        return (_without_later(scores) if causal else scores).log_softmax(-1).view(-1, n)
 
     def loss(teacher: Triple, student: Triple, mask: Tensor | None) -> Tensor:
         index = [tuple("qkv".index(letter) for letter in relation) for relation in relations]
-        return torch.stack([rows(teacher[x], teacher[y], student[x], student[y]).mean() for x, y in index]).sum()
+        total = torch.zeros((), device=student[0].device)
+        for x, y in index:
+            with torch.no_grad():
+                log_p = log_softmax(teacher[x], teacher[y])
+            total = total + divergence(log_softmax(student[x], student[y]), log_p)
+        return total
 
     return loss
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    products: Tensor = torch.linalg.vecdot(x.float(), y.float())
-    return products
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Output (B, R, N, d of value) and natural logsumexp (B, R, N) of flash attention."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention
-    if not query.is_cuda:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    # It wants one head dimension for all three, a multiple of 8: zeros change neither scores nor outputs.
-    width = value.shape[-1]
-    dim = -(-max(query.shape[-1], width) // 8) * 8
-    query, key, value = (F.pad(x, (0, dim - x.shape[-1])) for x in (query, key, value))
-    output, lse = kernel(query, key, value, 0.0, causal, scale=scale)[:2]
-    return output[..., :width], lse
+def _without_later(scores: Tensor) -> Tensor:
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(later, torch.finfo(scores.dtype).min)
 
 
 def _flash_refuses(case: Case, device: str) -> str:
@@ -133,20 +139,35 @@ def _flash_refuses(case: Case, device: str) -> str:
     return ""
 
 
+def _flex_refuses(case: Case, device: str) -> str:
+    return "" if device == "cuda" else "FlexAttention has no gradients on a CPU"
+
+
+def _liger_refuses(case: Case, device: str) -> str:
+    if device != "cuda":
+        return "Liger Kernel runs on a GPU"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return "Liger Kernel weighs all rows alike, padding too" if case.padded else ""
+
+
 PROVIDERS = {
     "fused": Provider(fused),
     "eager": Provider(eager),
     "eager-fp32": Provider(eager, dtype="fp32"),
     "compile": Provider(compiled),
     "flash": Provider(flash, refuses=_flash_refuses),
+    "flex": Provider(flex, refuses=_flex_refuses),
+    "liger": Provider(liger, refuses=_liger_refuses),
     "loop": Provider(loop),
 }
+COMPILED = ("compile", "flex")
 COMPILE_LENGTHS = (128, 512)  # each length is compiled anew: two a case keep a run within minutes
 
 
 def default_providers(case: Case, cuda: bool, quick: bool) -> list[str]:
-    """All that say something on this device, `compile` left to two lengths and to runs that may take longer."""
+    """All that say something on this device, what is compiled left to two lengths and to runs that may take longer."""
     if not cuda:
         return ["fused", "eager"]
     names = [name for name in PROVIDERS if name != "eager-fp32" or case.dtype != "fp32"]
-    return [name for name in names if name != "compile" or (case.n in COMPILE_LENGTHS and not quick)]
+    return [name for name in names if name not in COMPILED or (case.n in COMPILE_LENGTHS and not quick)]

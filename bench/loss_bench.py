@@ -29,7 +29,7 @@ from _exact import exact
 from _floor import Rates
 from _measure import REP_MS
 from _plots import plot
-from _providers import PROVIDERS, default_providers
+from _providers import COMPILED, PROVIDERS, default_providers
 from _results import LossRow, device_slug, environment, merge, old_rows, write_csv
 from _table import MODES, loss_table, ratios
 
@@ -112,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def schedule(cases: Sequence[Case], providers: Sequence[str], cuda: bool, quick: bool) -> list[tuple[Case, list[str]]]:
-    """What to measure in which order: `compile` last, because it takes longest."""
+    """What to measure in which order: what is compiled last, because it takes longest."""
     wanted = [(case, list(providers) or default_providers(case, cuda, quick)) for case in cases]
-    first = [(case, [name for name in names if name != "compile"]) for case, names in wanted]
-    last = [(case, ["compile"]) for case, names in wanted if "compile" in names]
+    first = [(case, [name for name in names if name not in COMPILED]) for case, names in wanted]
+    last = [(case, compiled) for case, names in wanted if (compiled := [name for name in names if name in COMPILED])]
     return [(case, names) for case, names in first if names] + last
 
 

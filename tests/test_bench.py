@@ -1,6 +1,7 @@
 """The benchmarks' own logic, on a CPU: cases, floors, what providers compute, failures, tables, files."""
 
 import csv
+import importlib.util
 import io
 import math
 import sys
@@ -8,15 +9,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import BertConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+import _attention
 import _compare
 import _exact
 import _launches
@@ -160,6 +164,13 @@ def test_exact_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) ->
     assert rel_error(exact(SMALL_CASES["padded"], inputs), whole, "both") < 1e-14
 
 
+REFUSED = {
+    "flash": {"padded": "flash attention takes no padding mask"},
+    "flex": dict.fromkeys(SMALL_CASES, "FlexAttention has no gradients on a CPU"),
+    "liger": dict.fromkeys(SMALL_CASES, "Liger Kernel runs on a GPU"),
+}
+
+
 @pytest.mark.parametrize("name", SMALL_CASES)
 @pytest.mark.parametrize("provider_name", PROVIDERS)
 def test_providers_compute_the_loss(name: str, provider_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +178,60 @@ def test_providers_compute_the_loss(name: str, provider_name: str, monkeypatch: 
     monkeypatch.setattr(torch, "compile", lambda *a, **kw: compile_function(*a, **kw, backend="aot_eager"))
     case, provider = SMALL_CASES[name], PROVIDERS[provider_name]
     inputs = make_inputs(case, "cpu")
-    if provider_name == "flash" and name == "padded":
-        assert provider.refuses(case, "cpu") == "flash attention takes no padding mask"
+    if reason := REFUSED.get(provider_name, {}).get(name):
+        assert provider.refuses(case, "cpu") == reason
         return
     assert provider.refuses(case, "cpu") == ""
     assert rel_error(outcome(provider.make(case, "cpu"), inputs), exact(case, inputs), "both") < 1e-5
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, block_mask: BlockMask | None, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention with all of it in memory, and with gradients on a CPU; rows that see nothing as it gives them."""
+    assert return_lse
+    assert query.shape[-1] >= 16
+    scores = scale * query @ key.mT
+    if block_mask is not None:
+        places = [
+            torch.arange(size).view(-1, *[1] * dims) for size, dims in zip(scores.shape, (3, 2, 1, 0), strict=True)
+        ]
+        scores = scores.masked_fill(~block_mask.mask_mod(*places), -math.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.detach().clamp(min=-1e30)[..., None]).exp()
+    return weights / weights.detach().sum(-1, keepdim=True).clamp(min=1e-30) @ value, lse
+
+
+@pytest.mark.parametrize("name", SMALL_CASES)
+def test_flex_computes_the_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention that has gradients on a CPU in FlexAttention's place."""
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **kw: compile_function(*a, **kw, backend="aot_eager"))
+    monkeypatch.setattr(_attention, "flex_attention", dense_attention)
+    case, flex = SMALL_CASES[name], PROVIDERS["flex"]
+    inputs = make_inputs(case, "cpu")
+    assert flex.refuses(case, "cuda") == ""
+    assert rel_error(outcome(flex.make(case, "cpu"), inputs), exact(case, inputs), "both") < 1e-5
+
+
+@pytest.mark.parametrize("name", set(SMALL_CASES) - {"padded"})
+def test_liger_computes_the_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch's divergence, which has its interface, in Liger Kernel's place."""
+    module = SimpleNamespace(LigerKLDIVLoss=torch.nn.KLDivLoss)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=module))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+    case, liger = SMALL_CASES[name], PROVIDERS["liger"]
+    inputs = make_inputs(case, "cpu")
+    assert rel_error(outcome(liger.make(case, "cpu"), inputs), exact(case, inputs), "both") < 1e-5
+
+
+def test_peers_refuse_what_they_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = PROVIDERS["liger"].refuses
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refuses(SMALL, "cuda") == "liger-kernel is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert refuses(SMALL, "cuda") == ""
+    assert refuses(SMALL_CASES["padded"], "cuda") == "Liger Kernel weighs all rows alike, padding too"
 
 
 def test_flash_refuses_what_its_kernel_does_not_take() -> None:
@@ -208,14 +268,16 @@ def test_errors_are_seen() -> None:
 def test_providers_by_default() -> None:
     assert default_providers(SMALL, cuda=False, quick=False) == ["fused", "eager"]
     assert default_providers(gpu_case("v2-48", 512), cuda=True, quick=False) == list(PROVIDERS)
-    assert "compile" not in default_providers(gpu_case("v2-48", 2048), cuda=True, quick=False)
-    assert "compile" not in default_providers(gpu_case("v2-48", 512), cuda=True, quick=True)
+    compiled = {"compile", "flex"}
+    assert not compiled & {*default_providers(gpu_case("v2-48", 2048), cuda=True, quick=False)}
+    assert not compiled & {*default_providers(gpu_case("v2-48", 512), cuda=True, quick=True)}
 
 
-def test_compile_is_measured_last() -> None:
+def test_what_is_compiled_is_measured_last() -> None:
     first, second = gpu_case("v2-48", 128), gpu_case("v2-48", 2048)
-    jobs = loss_bench.schedule([first, second], ["compile", "fused"], cuda=True, quick=False)
-    assert jobs == [(first, ["fused"]), (second, ["fused"]), (first, ["compile"]), (second, ["compile"])]
+    compiled = ["compile", "flex"]
+    jobs = loss_bench.schedule([first, second], [*compiled, "fused"], cuda=True, quick=False)
+    assert jobs == [(first, ["fused"]), (second, ["fused"]), (first, compiled), (second, compiled)]
 
 
 class _Fails(torch.autograd.Function):
