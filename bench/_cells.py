@@ -74,7 +74,7 @@ def training_flags(cell: Cell, sources: Sources) -> list[str]:
     flags = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
     precision = ["--bf16"] if system.bf16 else []
     device = [] if torch.cuda.is_available() else ["--use_cpu"]
-    return [*flags, *STUDENTS[cell.student], *STARTS[cell.start], *system.flags, *precision, *device]
+    return [*flags, *STUDENTS[cell.student].flags, *STARTS[cell.start], *system.flags, *precision, *device]
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
@@ -98,8 +98,8 @@ def _save_start(cell: Cell, teacher: str, folder: Path) -> None:
     else:
         named = [int(layer) for layer in STARTS[cell.start][1].split(",")] if cell.start in (LAYERS, ENDS) else None
         init: Init = "layers" if named else cell.start  # type: ignore[assignment]
-        width = int(cell.student.split("x")[1])
-        student = build_student(whole, num_layers=3, hidden_size=width, init=init, teacher_layers=named, seed=cell.seed)
+        sizes = STUDENTS[cell.student]._asdict()
+        student = build_student(whole, num_layers=3, **sizes, init=init, teacher_layers=named, seed=cell.seed)
     student.save_pretrained(folder)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
     if (sentences := sentence_files(teacher)) and student.config.hidden_size == whole.config.hidden_size:

@@ -12,8 +12,23 @@ STARTS = {
     SLICE: ("--student_init", "slice"),
     PCA: ("--student_init", "pca"),
 }
-WHOLE, HALF = "3x384", "3x192"
-STUDENTS = {WHOLE: ("--student_num_layers", "3"), HALF: ("--student_num_layers", "3", "--student_hidden_size", "192")}
+WHOLE, HALF, FEWER = "3x384", "3x192", "3x192, 6 heads"
+
+
+class Student(NamedTuple):
+    """Three layers, of the teacher's sizes where nothing else is said."""
+
+    hidden_size: int | None = None
+    num_heads: int | None = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of minilm-train."""
+        sizes = {"num_layers": 3, **self._asdict()}
+        return tuple(str(word) for name, size in sizes.items() if size for word in (f"--student_{name}", size))
+
+
+STUDENTS = {WHOLE: Student(), HALF: Student(hidden_size=192), FEWER: Student(hidden_size=192, num_heads=6)}
 EVERY_LAYER = ("--layer_map", "1:2,2:4,3:6")
 # Nothing of the teacher stands in a random layer: it takes longer steps.
 LEARNING_RATES = {LAYERS: "2e-4", ENDS: "2e-4", RANDOM: "1e-3", SLICE: "1e-3", PCA: "1e-3"}
@@ -46,6 +61,7 @@ SYSTEMS: dict[str, System] = {
     "minilm, layer to layer": System(EVERY_LAYER),
     "minilm, assistant 6x192": System(("--assistant_num_layers", "6", "--assistant_hidden_size", "192")),
     "minilm + output": System(("--output_weight", "1"), head=True),
+    "minilm-v2 + embedding": System(("--objective", "minilm-v2", "--embedding_weight", "1")),
     "minilm + embedding": System(("--embedding_weight", "1")),
     "embedding": System(("--objective", "embedding")),
     "sentence-transformers, cosine": System(("cosine",), way="sentence-transformers"),
@@ -89,7 +105,7 @@ class Comparison(NamedTuple):
 
 
 def _systems(steps: int) -> tuple[tuple[str, str, str, int], ...]:
-    trained = [name for name in SYSTEMS if name not in (*CONTROLS, "minilm, assistant 6x192")]
+    trained = [name for name in SYSTEMS if name not in (*CONTROLS, "minilm, assistant 6x192", "minilm-v2 + embedding")]
     controls = ((TEACHER, "6x384", "", 0), (EMBEDDINGS, "0x384", "", 0))
     starts = ((UNTRAINED, WHOLE, RANDOM, 0), (UNTRAINED, WHOLE, LAYERS, 0))
     return (*controls, *starts, *((name, WHOLE, LAYERS, steps) for name in trained))
@@ -104,6 +120,17 @@ COMPARISONS: dict[str, Comparison] = {
             *((UNTRAINED, HALF, start, 0) for start in (SLICE, PCA, RANDOM)),
             *((name, HALF, start, 300) for start in (SLICE, PCA) for name in _EXTRAS),
             *((name, HALF, RANDOM, 300) for name in ("minilm", "minilm, assistant 6x192", "minilm + embedding")),
+        ),
+    ),
+    "heads": Comparison(
+        "A student of half the width and heads",
+        (
+            *((UNTRAINED, FEWER, start, 0) for start in (SLICE, RANDOM)),
+            *(
+                (name, FEWER, start, 300)
+                for start in (SLICE, RANDOM)
+                for name in ("minilm-v2", "minilm-v2 + embedding")
+            ),
         ),
     ),
     "starts": Comparison(

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from _curves import CurveRow, losses, plot_curves, table_of_curves
+from _curves import BF16, CurveRow, losses, plot_curves, table_of_curves
 from _experiments import COMPARISONS, Cell, Comparison
 from _results import ROOT
 
@@ -94,14 +94,23 @@ def write_report(rows: Sequence[ExperimentRow], drawn: Sequence[CurveRow], docum
     values, found, text = values_by_line(rows), losses(drawn), document.read_text(encoding="utf-8")
     tables = {name: table(comparison, values) for name, comparison in COMPARISONS.items()}
     for name, written in (tables | {"curves": table_of_curves(found)}).items():
-        before, _, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"\n<!-- end of {name} -->")
-        text = f"{before}<!-- {name} -->\n{written}{end}{after}"
+        text = _put(text, name, written)
     document.write_text(text, encoding="utf-8")
-    plot_curves(found, folder / "experiments_curves.png")
+    if found[BF16]:
+        plot_curves(found, folder / "experiments_curves.png")
     for name, comparison in COMPARISONS.items():
         if measured := list(_measured(comparison, values)):
             _plot(comparison.title, measured, folder / f"experiments_{name}.png")
+
+
+def _put(text: str, name: str, written: str) -> str:
+    """The text with that between the markers of this name. Raises `ValueError` where they are not there."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = text.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"the document has no {start.strip()} with {end} behind it")
+    return f"{before}{start}{written}\n{end}{after}"
 
 
 def _measured(comparison: Comparison, values: Values) -> Iterator[tuple[str, list[float]]]:

@@ -22,8 +22,22 @@ import masked_lm_head
 import sentences
 from _cells import Sources, make, training_flags
 from _curves import BF16, FP32, REFERENCE, STEPS, CurveRow, curves, losses, table_of_curves
-from _experiments import COMPARISONS, ENDS, HALF, LAYERS, PCA, QUICK, RANDOM, SLICE, SYSTEMS, WHOLE, Cell, Comparison
-from _report import DOCUMENT, TASKS, ExperimentRow, table, values_by_line
+from _experiments import (
+    COMPARISONS,
+    ENDS,
+    FEWER,
+    HALF,
+    LAYERS,
+    PCA,
+    QUICK,
+    RANDOM,
+    SLICE,
+    SYSTEMS,
+    WHOLE,
+    Cell,
+    Comparison,
+)
+from _report import DOCUMENT, TASKS, ExperimentRow, table, values_by_line, write_report
 from _results import RESULTS, read_csv
 
 from minilm.cli.arguments import parse
@@ -61,6 +75,8 @@ def test_every_run_is_one_that_the_command_line_takes(tmp_path: Path) -> None:
         system = OBJECTIVES[arguments.objective.objective]
         assert (arguments.model.teacher == "t-mlm") == (system.head or arguments.objective.output_weight > 0)
         assert arguments.training.seed == cell.seed
+        sizes = {WHOLE: (None, None), HALF: (192, None), FEWER: (192, 6)}[cell.student]
+        assert (arguments.model.student_hidden_size, arguments.model.student_num_heads) == sizes
     assert len({cell.name for cell in cells}) == len(set(cells))
 
 
@@ -158,6 +174,9 @@ def test_starts_are_what_their_names_say(tmp_path: Path) -> None:
             key = "encoder.layer.{}.attention.self.query.weight"
             assert torch.equal(weights[key.format(mine)], whole[key.format(theirs)])
     assert start(HALF, PCA)["embeddings.word_embeddings.weight"].shape[1] == 192
+    start(FEWER, SLICE)
+    config = json.loads((tmp_path / Cell("untrained", FEWER, SLICE, 0, 1).name / "config.json").read_text())
+    assert (config["num_attention_heads"], config["hidden_size"]) == (6, 192)
     bare = load_file(Path(make(Cell("embeddings, no layers", "0x384", "", 0, 1), sources), "model.safetensors"))
     assert torch.equal(bare["embeddings.word_embeddings.weight"], whole["embeddings.word_embeddings.weight"])
     assert not [name for name in bare if name.startswith("encoder")]
@@ -197,13 +216,31 @@ def test_sentences_end_where_they_end() -> None:
     assert list(sentences.sentences([text])) == expected
 
 
+def test_a_report_changes_only_what_stands_between_the_markers(tmp_path: Path) -> None:
+    document = tmp_path / "document.md"
+    sections = [f"text before {name}\n<!-- {name} -->\n<!-- end of {name} -->\n" for name in (*COMPARISONS, "curves")]
+    document.write_text("".join(sections) + "the end\n")
+    measured = rows(Cell("minilm", WHOLE, LAYERS, 300, 1), dict.fromkeys(TASKS, 50.0))
+    for _ in range(2):
+        write_report(measured, [], document, tmp_path)
+        told = document.read_text()
+        assert told.count("| minilm | 3x384 | layers 2, 4, 6 | 300 |") == 2  # systems and starts
+        assert [line for line in told.splitlines() if not line.startswith("|")] == "".join(
+            [*sections, "the end"]
+        ).splitlines()
+    document.write_text(sections[0])
+    with pytest.raises(ValueError, match="has no <!-- width --> with <!-- end of width --> behind it"):
+        write_report(measured, [], document, tmp_path)
+
+
 def test_the_tables_in_the_document_are_those_that_were_measured() -> None:
     values = values_by_line(read_csv(ExperimentRow, RESULTS / "experiments.csv"))
     document = DOCUMENT.read_text(encoding="utf-8")
-    for name, comparison in COMPARISONS.items():
-        told = document.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
-        assert told == table(comparison, values)
-        assert told.count("\n") > 3
+    tables = {name: table(comparison, values) for name, comparison in COMPARISONS.items()}
+    tables["curves"] = table_of_curves(losses(read_csv(CurveRow, RESULTS / "experiments_curves.csv")))
+    for name, measured in tables.items():
+        assert document.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0] == measured
+    assert "".join(tables.values()).count("\n") > 25
 
 
 def test_the_findings_in_the_readme_are_the_tables() -> None:
