@@ -60,7 +60,7 @@ METRICS: dict[str, Any] = {
     "seconds": 90.0,
     "device": "cpu",
     "heldout": {"qq": {"start": 2.0, "end": 0.5}, "vv": {"start": 1.0, "end": 0.25}},
-    "arguments": {"teacher": "bert-base-uncased"},
+    "arguments": {"teacher": "bert-base-uncased", "student": None, "student_init": "auto"},
 }
 HISTORY = [
     {"step": 0, "eval_loss": 2.5, "eval_qq": 2.0, "eval_vv": 1.0},

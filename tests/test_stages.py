@@ -150,6 +150,7 @@ def test_the_rule_of_the_paper_is_a_hint(command: CommandLine, teacher: str, dat
     _, out, _ = command("--teacher", teacher, "--data", data, "--output_dir", "out", *RUN)
     assert "hint       at most half the teacher's layers and width: " in out
     assert "--assistant_num_layers 4 --assistant_hidden_size 16 (MiniLM, section 3.4)" in out
+    assert "hint       relations leave what lies above them as it starts: " in out
 
 
 @pytest.mark.parametrize("chain", [False, True])

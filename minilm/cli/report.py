@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from minilm.cli.hints import hints
 from minilm.evaluation.table import markdown_table
 from minilm.models.agreement import FEWEST_TEXTS
 from minilm.training.finite import without_nan
@@ -81,7 +82,7 @@ def overview(metrics: Metrics) -> str:
             f"data       {_data(data)}{_files(data)}",
             f"device     {metrics['device']}",
             f"folder     {metrics['student']['name']}{f', continued after step {before}' if before else ''}",
-            *_hints(metrics),
+            *(f"hint       {told}" for told in hints(metrics)),
             "",
         ]
     )
@@ -164,18 +165,6 @@ def plot_curves(relations: list[str], history: History) -> Figure:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
-
-
-def _hints(metrics: Metrics) -> list[str]:
-    """MiniLM's own rule for a teacher assistant (section 3.4), where it applies and none is used."""
-    teacher, student = metrics["teacher"], metrics["student"]
-    small = 2 * student["layers"] <= teacher["layers"] and 2 * student["hidden_size"] <= teacher["hidden_size"]
-    if not small or metrics["in_chain"]:
-        return []
-    return [
-        f"hint       at most half the teacher's layers and width: an assistant may help, --assistant_num_layers "
-        f"{teacher['layers']} --assistant_hidden_size {student['hidden_size']} (MiniLM, section 3.4)"
-    ]
 
 
 def _objective(metrics: Metrics) -> str:
