@@ -78,6 +78,23 @@ NUMBERS = [
     Case(id="warm", n=37, temperature=2.5, relations=(("qk", 0.3), ("vv", 2.0), ("kq", 1.0))),
     Case(id="cold", n=37, temperature=0.2, relations=("qk", "qq")),
 ]
+SCALES = [
+    Case(id="one scale", n=37, scale=0.8, masks=("right",), causal=True),
+    Case(id="two scales", n=19, batch=2, scale=(0.3, 0.9), masks=("holes", "full"), relations=ALL_NINE),
+    Case(id="two scales, tiles", n=70, scale=(1.2, 0.4), relations=("qk", "kk"), temperature=1.5, reduction="sum"),
+    Case(id="two scales, bf16", n=70, scale=(1.2, 0.4), relations=("qk", "kk"), dtypes=(BF16, BF16)),
+    Case(id="two scales, fp16", n=70, scale=(0.4, 1.2), relations=("qk", "kk"), dtypes=(FP16, FP16), causal=True),
+    Case(id="the teacher's scale", n=37, student=(2, 2, 12), scale=(1.0, None)),
+    Case(
+        id="the student's scale, re-split", n=37, teacher=(4, 2, 12), student=(6, 2, 8), relation_heads=8,
+        scale=(None, 0.6),
+    ),
+    Case(id="unit vectors", n=70, teacher=(1, 1, 48), student=(1, 1, 24), unit=True, scale=1 / 0.07, relations=V2),
+    Case(
+        id="unit vectors, bf16", n=70, batch=2, teacher=(1, 1, 48), student=(1, 1, 48), unit=True, distance=0.05,
+        scale=1 / 0.07, relations=("kk",), dtypes=(BF16, BF16),
+    ),
+]  # fmt: skip
 # the types of teacher and student; in each a cross and a self relation, one and several tiles, a mask
 TYPES = [
     Case(id=f"{name} {case.id}", dtypes=dtypes, **{k: v for k, v in vars(case).items() if k not in ("id", "dtypes")})
@@ -113,12 +130,16 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SHAPES + PATTERNS + HEADS + NUMBERS + TYPES + LAYOUTS, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", SHAPES + PATTERNS + HEADS + NUMBERS + SCALES + TYPES + LAYOUTS, ids=lambda case: case.id
+)
 def test_against_float64(case: Case, fused: str, device: str) -> None:
     check(case, fused, device)
 
 
-@pytest.mark.parametrize("case", SHAPES[3:4] + PATTERNS[3:9] + HEADS[:2] + NUMBERS[-1:], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", SHAPES[3:4] + PATTERNS[3:9] + HEADS[:2] + NUMBERS[-1:] + SCALES[1:2], ids=lambda case: case.id
+)
 def test_chunked_in_float64_is_the_reference(case: Case, device: str) -> None:
     _, exact = eager_and_exact(case, device)
     actual = evaluate(build(case, device), "chunked", torch.float64)

@@ -141,7 +141,8 @@ def test_y_is_x_marks_a_self_relation(implementation: str, device: str) -> None:
 def test_relation_kl_is_a_relation_of_the_loss(implementation: str, device: str) -> None:
     inputs = build(SMALL, device)
     (q_t, k_t, v_t), (q_s, k_s, v_s), options = inputs
-    options = {"attention_mask": options["attention_mask"], "temperature": 1.5, "implementation": implementation}
+    options = {"attention_mask": options["attention_mask"], "temperature": 1.5, "scale": (0.6, 0.8)}
+    options["implementation"] = implementation
     for name, sides in {"qk": (q_t, k_t, q_s, k_s), "kq": (k_t, q_t, k_s, q_s), "vv": (v_t, v_t, v_s, v_s)}.items():
         expected = fused_minilm_loss(inputs.teacher, inputs.student, relations=(name,), **options)
         assert torch.equal(relation_kl(*sides, **options), expected)
@@ -152,7 +153,7 @@ def test_module_is_the_function(implementation: str, device: str) -> None:
         Case(id="module", n=19, batch=3, causal=True, masks=("right", "holes", "left"), prefix=(4, 9, 0)), device
     )
     weights = {"qk": 0.5, "vv": 2.0}
-    held = {"temperature": 1.3, "reduction": "token", "relation_heads": 4, "causal": True}
+    held = {"temperature": 1.3, "scale": (0.7, None), "reduction": "token", "relation_heads": 4, "causal": True}
     where = {name: inputs.options[name] for name in ("attention_mask", "prefix_lengths")}
     student = tuple(x.requires_grad_() for x in inputs.student)
     module = MiniLMLoss(weights, **held, implementation=implementation)
