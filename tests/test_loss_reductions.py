@@ -61,6 +61,7 @@ CROSS, SELF = "qk", "kk"
         Case(id="rows, packed", n=70, teacher=(1, 1, 8), student=(1, 1, 6), packed=(0, 20, 20, 66)),
         Case(id="rows, heads", n=19, teacher=(2, 2, 12), student=(2, 2, 6), relation_heads=4),
         Case(id="rows, bf16", n=37, dtypes=(torch.bfloat16, torch.bfloat16)),
+        Case(id="rows, wide", n=70, teacher=(2, 2, 136), masks=("holes",), dtypes=(torch.bfloat16, torch.bfloat16)),
         Case(id="rows, spread", n=70, teacher=(1, 1, 8), student=(1, 1, 8), spread=1.2),
     ],
     ids=lambda case: case.id,

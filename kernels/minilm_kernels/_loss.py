@@ -59,7 +59,7 @@ def fused_minilm_loss(
         reduction: "sequence": per sequence the mean over heads and tokens, then the mean over the sequences that have
             tokens (MiniLM eq. 6 and 9); "token": every token of the batch weighs the same; "sum": no division.
         implementation: "triton" (CUDA), "chunked" (any device), "reference" (any device, N×N memory); None: triton on
-            CUDA up to 256 dimensions a head, else chunked. One that is named never falls back to another. "reference"
+            CUDA up to 1024 dimensions a head, else chunked. One that is named never falls back to another. "reference"
             alone has second and forward-mode derivatives; it multiplies 16-bit tensors in their own type, as eager code
             does, so that float16 scores end at 65504.
 
