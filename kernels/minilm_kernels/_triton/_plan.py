@@ -112,7 +112,7 @@ _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
             128: Tiles(64, 64, 4, 2),
             1024: Tiles(128, 128, 8, 2),
         },
-        "rows": {64: Tiles(64, 64, 4, 3, 168), 128: Tiles(64, 32, 4, 2)},
+        "rows": {64: Tiles(64, 64, 4, 3, 168), 128: Tiles(128, 64, 8, 2)},
         "keys": {
             16: Tiles(32, 128, 4, 3),
             32: Tiles(64, 64, 4, 3, 128),
