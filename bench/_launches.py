@@ -16,10 +16,11 @@ from minilm_kernels._triton._plan import Problem, Tiles, is_persistent, problem_
 from minilm_kernels._triton._resident import resident_launch
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import self_launch
+from minilm_kernels._triton._wide import wide_launches
 
 # The sweep over rows without dX, that with dX, the sweep for dY, and that for the gradient of a self relation.
 SWEEPS = ("forward", "rows", "keys", "self")
-KERNELS = (*SWEEPS, "resident")  # and short sequences, loss and gradients at once
+KERNELS = (*SWEEPS, "resident", "wide")  # and short sequences, loss and gradients at once; dX of wide heads
 OF_SELF_RELATIONS = ("forward", "self")  # the others are launched for cross relations
 LSE = 10.0  # base 2; about what 512 keys of random scores have
 
@@ -72,6 +73,8 @@ def make_launch(kernel: str, relations: Relations, architecture: int, shape: Til
     if kernel == "rows":
         return row_launch(relations, problem, lse_t, lse_s, dx, shape)
     grad = numbers()
+    if kernel == "wide":
+        return wide_launches(relations, problem, lse_t, lse_s, grad, dx, dy, shape)[0]
     if kernel == "keys":
         return key_launch(relations, problem, lse_t, lse_s, grad, dx, dy, shape)
     assert kernel == "self"

@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,13 @@ class Code(NamedTuple):
     loads: float | None  # of global memory into registers: each waits where it stands
 
 
-def read(cubin: bytes, elements: float) -> Code:
-    """elements: of the score matrix that a thread works on in one pass of the main loop."""
+def read(cubin: bytes, elements: float, rounds: Sequence[int] = ()) -> Code:
+    """What the machine code of a kernel says.
+
+    Args:
+        elements: of the score matrix that a thread works on in one pass of the main loop.
+        rounds: of the loops with tensor-core instructions inside the main loop, where the compiler has left them loops.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -35,7 +41,7 @@ def read(cubin: bytes, elements: float) -> Code:
             for address, name, operands in _INSTRUCTION.findall(line)
         ]
     counts = Counter(name for _, name, _ in instructions)
-    loop = _main_loop(instructions)
+    loop = _main_loop(instructions, rounds)
     return Code(
         registers=max(int(n) for n in re.findall(r"REG:(\d+)", usage)),
         spills=counts["STL"] + counts["LDL"],
@@ -46,15 +52,22 @@ def read(cubin: bytes, elements: float) -> Code:
     )
 
 
-def _main_loop(instructions: list[tuple[int, str, str]]) -> Counter[str] | None:
+def _main_loop(instructions: list[tuple[int, str, str]], rounds: Sequence[int]) -> Counter[str] | None:
     """The first loop with tensor-core and exponential instructions: the unmasked one stands before the masked one."""
+    inner: list[Counter[str]] = []
     for end, name, operands in instructions:
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
         if target and int(target[1], 16) < end:
             start = int(target[1], 16)
             loop = Counter(name for address, name, _ in instructions if start <= address <= end)
-            if loop["MUFU"] and any(loop[tensor] for tensor in _TENSOR):
-                return loop
+            if not any(loop[tensor] for tensor in _TENSOR):
+                continue
+            if not loop["MUFU"]:
+                inner.append(loop)
+                continue
+            for part, count in zip(inner, rounds if inner else (), strict=True):
+                loop.update({name: times * (count - 1) for name, times in part.items()})
+            return loop
     return None
 
 

@@ -25,13 +25,13 @@ from triton.runtime.jit import create_function_from_signature
 
 from minilm_kernels._relations import Masks
 from minilm_kernels._triton._launch import Launch
-from minilm_kernels._triton._plan import resident_tokens
+from minilm_kernels._triton._plan import HELD_DIM, resident_tokens
 
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DIMENSIONS = ((16, 8), (64, 32), (64, 64), (128, 128))  # of teacher and student
+DIMENSIONS = ((16, 8), (64, 32), (64, 64), (128, 128), (512, 512))  # of teacher and student
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BATCH, HEADS, LENGTH = 32, 12, 512
 
@@ -74,7 +74,9 @@ def variants(dtypes: Sequence[torch.dtype]) -> Iterator[Variant]:
     for dtype in dtypes:
         for d_t, d_s in DIMENSIONS:
             for kernel in KERNELS:
-                if kernel == "resident" and d_t > 64:
+                if (kernel == "resident" and d_t > 64) or (
+                    kernel != "forward" and (kernel == "wide") != (d_t > HELD_DIM)
+                ):
                     continue
                 for bounded in (False, True):
                     yield Variant(kernel, d_t, d_s, dtype, bounded)
@@ -136,7 +138,9 @@ def measure(name: str, variant: Variant) -> Row:
     cap = f" r{call.max_registers}" if call.max_registers else ""
     tiles = [constants[block] for block in ("BLOCK_M", "BLOCK_N", "BLOCK") if block in constants]
     elements = (tiles[0] * tiles[-1]) / (32 * call.num_warps)
-    code = _sass.read(compiled.asm["cubin"], elements) if target.backend == "cuda" else None
+    parts = [(constants[f"D_{side}"], constants[f"DIM_{side}"]) for side in "TS"]
+    rounds = [-(-dim // held) for dim, held in parts if dim > held]
+    code = _sass.read(compiled.asm["cubin"], elements, rounds) if target.backend == "cuda" else None
     return Row(
         target=name,
         kernel=variant.kernel,

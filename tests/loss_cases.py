@@ -32,9 +32,11 @@ class Case:
     packed: tuple[int, ...] | None = None
     relation_heads: int | None = None
     temperature: float = 1.0
+    scale: float | tuple[float | None, float | None] | None = None
     reduction: str = "sequence"
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)  # teacher, student
     size: float = 1.0  # standard deviation of every entry; scores have its square
+    unit: bool = False  # every vector has length 1
     spread: float = 0.0  # tokens are scaled by exp(spread * normal), which spreads the rows' log-sum-exp
     distance: float | None = None  # student = teacher + distance * normal
     layout: str = "heads first"
@@ -61,6 +63,8 @@ def build(case: Case, device: str) -> Inputs:
             torch.randn(case.batch, h, case.n, dim, generator=generator) * token_size
             for h in (q_heads, kv_heads, kv_heads)
         )
+        if case.unit:
+            tensors = (torch.nn.functional.normalize(x, dim=3) for x in tensors)
         return tuple(x.to(device, dtype) for x in tensors)
 
     teacher = triple(case.teacher, case.dtypes[0])
@@ -72,6 +76,7 @@ def build(case: Case, device: str) -> Inputs:
         "relation_heads": case.relation_heads,
         "causal": case.causal,
         "temperature": case.temperature,
+        "scale": case.scale,
         "reduction": case.reduction,
     }
     if case.masks is not None:
@@ -163,7 +168,9 @@ def probability_roundings(case: Case, student: Triple) -> tuple[float, ...]:
         return (0.0,) * 3
     batch, heads, length, dim = student[0].shape
     weight = 1.0 if case.reduction == "sum" else 1.0 / (batch * heads * length)
-    return tuple(2**-22 * weight * x.double().norm().item() / (dim**0.5 * case.temperature) for x in student)
+    scale = case.scale[1] if isinstance(case.scale, tuple) else case.scale
+    factor = (scale or dim**-0.5) / case.temperature
+    return tuple(2**-22 * weight * x.double().norm().item() * factor for x in student)
 
 
 def check_outcome(

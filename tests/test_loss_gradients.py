@@ -35,6 +35,38 @@ SHAPES = [
     Case(id="student wider", n=37, teacher=(2, 2, 6), student=(2, 2, 32), relations=("vk", "kk")),
     Case(id="N=300 self", n=300, teacher=(1, 1, 12), student=(1, 1, 6), relations=("vv",), masks=("holes",)),
 ]
+# heads that are read in parts, of teacher, student or both; a gradient of one part and of several
+WIDE = [
+    Case(
+        id="D=1024", n=70, teacher=(1, 1, 1024), student=(1, 1, 1024), size=0.5, relations=("qk",),
+        dtypes=(BF16, BF16),
+    ),
+    Case(id="D=129 and 513", n=19, teacher=(1, 1, 129), student=(1, 1, 513), size=0.5, masks=("holes",)),
+    Case(
+        id="wide student", n=70, teacher=(1, 1, 24), student=(1, 1, 300), size=0.5, dtypes=(FP16, FP16),
+        relations=("qk", "kk"), causal=True,
+    ),
+    Case(
+        id="wide teacher", n=129, teacher=(1, 1, 200), student=(1, 1, 24), size=0.5, dtypes=(BF16, BF16),
+        relations=("kk",), masks=("right",),
+    ),
+    Case(
+        id="wide, packed", n=37, teacher=(1, 1, 130), student=(1, 1, 260), size=0.5, packed=(0, 7, 20, 33),
+        relations=("qk", "kk"), dtypes=(BF16, FP32), reduction="token",
+    ),
+    Case(
+        id="one relation head", n=37, batch=2, teacher=(4, 4, 48), student=(3, 3, 48), size=0.5, relation_heads=1,
+        relations=("qq", "kv"), layout="fused qkv", dtypes=(FP16, BF16),
+    ),
+    Case(
+        id="wide, close", n=70, teacher=(1, 1, 136), student=(1, 1, 136), size=0.5, distance=0.02,
+        relations=("qk", "kk"), dtypes=(BF16, BF16), layout="amid NaN",
+    ),
+    Case(
+        id="wide unit vectors", n=70, teacher=(1, 1, 384), student=(1, 1, 192), unit=True, scale=1 / 0.07,
+        relations=("kk",), dtypes=(BF16, BF16), masks=("left",),
+    ),
+]  # fmt: skip
 PATTERNS = [
     Case(id="empty sequence", n=37, batch=3, masks=("full", "empty", "right")),
     Case(id="first sequence empty", n=7, batch=2, masks=("empty", "holes"), relations=("qq", "qv")),
@@ -78,6 +110,23 @@ NUMBERS = [
     Case(id="warm", n=37, temperature=2.5, relations=(("qk", 0.3), ("vv", 2.0), ("kq", 1.0))),
     Case(id="cold", n=37, temperature=0.2, relations=("qk", "qq")),
 ]
+SCALES = [
+    Case(id="one scale", n=37, scale=0.8, masks=("right",), causal=True),
+    Case(id="two scales", n=19, batch=2, scale=(0.3, 0.9), masks=("holes", "full"), relations=ALL_NINE),
+    Case(id="two scales, tiles", n=70, scale=(1.2, 0.4), relations=("qk", "kk"), temperature=1.5, reduction="sum"),
+    Case(id="two scales, bf16", n=70, scale=(1.2, 0.4), relations=("qk", "kk"), dtypes=(BF16, BF16)),
+    Case(id="two scales, fp16", n=70, scale=(0.4, 1.2), relations=("qk", "kk"), dtypes=(FP16, FP16), causal=True),
+    Case(id="the teacher's scale", n=37, student=(2, 2, 12), scale=(1.0, None)),
+    Case(
+        id="the student's scale, re-split", n=37, teacher=(4, 2, 12), student=(6, 2, 8), relation_heads=8,
+        scale=(None, 0.6),
+    ),
+    Case(id="unit vectors", n=70, teacher=(1, 1, 48), student=(1, 1, 24), unit=True, scale=1 / 0.07, relations=V2),
+    Case(
+        id="unit vectors, bf16", n=70, batch=2, teacher=(1, 1, 48), student=(1, 1, 48), unit=True, distance=0.05,
+        scale=1 / 0.07, relations=("kk",), dtypes=(BF16, BF16),
+    ),
+]  # fmt: skip
 # the types of teacher and student; in each a cross and a self relation, one and several tiles, a mask
 TYPES = [
     Case(id=f"{name} {case.id}", dtypes=dtypes, **{k: v for k, v in vars(case).items() if k not in ("id", "dtypes")})
@@ -113,12 +162,16 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SHAPES + PATTERNS + HEADS + NUMBERS + TYPES + LAYOUTS, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", SHAPES + WIDE + PATTERNS + HEADS + NUMBERS + SCALES + TYPES + LAYOUTS, ids=lambda case: case.id
+)
 def test_against_float64(case: Case, fused: str, device: str) -> None:
     check(case, fused, device)
 
 
-@pytest.mark.parametrize("case", SHAPES[3:4] + PATTERNS[3:9] + HEADS[:2] + NUMBERS[-1:], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", SHAPES[3:4] + PATTERNS[3:9] + HEADS[:2] + NUMBERS[-1:] + SCALES[1:2], ids=lambda case: case.id
+)
 def test_chunked_in_float64_is_the_reference(case: Case, device: str) -> None:
     _, exact = eager_and_exact(case, device)
     actual = evaluate(build(case, device), "chunked", torch.float64)

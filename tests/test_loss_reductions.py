@@ -61,6 +61,7 @@ CROSS, SELF = "qk", "kk"
         Case(id="rows, packed", n=70, teacher=(1, 1, 8), student=(1, 1, 6), packed=(0, 20, 20, 66)),
         Case(id="rows, heads", n=19, teacher=(2, 2, 12), student=(2, 2, 6), relation_heads=4),
         Case(id="rows, bf16", n=37, dtypes=(torch.bfloat16, torch.bfloat16)),
+        Case(id="rows, wide", n=70, teacher=(2, 2, 136), masks=("holes",), dtypes=(torch.bfloat16, torch.bfloat16)),
         Case(id="rows, spread", n=70, teacher=(1, 1, 8), student=(1, 1, 8), spread=1.2),
     ],
     ids=lambda case: case.id,
@@ -141,7 +142,8 @@ def test_y_is_x_marks_a_self_relation(implementation: str, device: str) -> None:
 def test_relation_kl_is_a_relation_of_the_loss(implementation: str, device: str) -> None:
     inputs = build(SMALL, device)
     (q_t, k_t, v_t), (q_s, k_s, v_s), options = inputs
-    options = {"attention_mask": options["attention_mask"], "temperature": 1.5, "implementation": implementation}
+    options = {"attention_mask": options["attention_mask"], "temperature": 1.5, "scale": (0.6, 0.8)}
+    options["implementation"] = implementation
     for name, sides in {"qk": (q_t, k_t, q_s, k_s), "kq": (k_t, q_t, k_s, q_s), "vv": (v_t, v_t, v_s, v_s)}.items():
         expected = fused_minilm_loss(inputs.teacher, inputs.student, relations=(name,), **options)
         assert torch.equal(relation_kl(*sides, **options), expected)
@@ -152,7 +154,7 @@ def test_module_is_the_function(implementation: str, device: str) -> None:
         Case(id="module", n=19, batch=3, causal=True, masks=("right", "holes", "left"), prefix=(4, 9, 0)), device
     )
     weights = {"qk": 0.5, "vv": 2.0}
-    held = {"temperature": 1.3, "reduction": "token", "relation_heads": 4, "causal": True}
+    held = {"temperature": 1.3, "scale": (0.7, None), "reduction": "token", "relation_heads": 4, "causal": True}
     where = {name: inputs.options[name] for name in ("attention_mask", "prefix_lengths")}
     student = tuple(x.requires_grad_() for x in inputs.student)
     module = MiniLMLoss(weights, **held, implementation=implementation)

@@ -31,8 +31,9 @@ def repeated(x: Tensor, heads: int) -> Tensor:
     return torch.stack([x[h // (heads // x.shape[0])] for h in range(heads)])
 
 
-def log_distribution(x: list[float], keys: list[list[float]], temperature: float) -> list[float]:
-    scores = [sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(len(x)) / temperature for y in keys]
+def log_distribution(x: list[float], keys: list[list[float]], scale: float | None, temperature: float) -> list[float]:
+    factor = (1 / math.sqrt(len(x)) if scale is None else scale) / temperature
+    scores = [factor * sum(a * b for a, b in zip(x, y, strict=True)) for y in keys]
     log_sum = max(scores) + math.log(sum(math.exp(score - max(scores)) for score in scores))
     return [score - log_sum for score in scores]
 
@@ -46,6 +47,7 @@ def sequence_rows(inputs: Inputs, relation: str, row: int, tokens: list[int]) ->
         model_heads = max(x.shape[0], y.shape[0])
         sides.append((repeated(x, model_heads), repeated(y, model_heads), options["relation_heads"] or model_heads))
     prefix = options["prefix_lengths"][row].item() if "prefix_lengths" in options else 0
+    scale_t, scale_s = options["scale"] if isinstance(options["scale"], tuple) else (options["scale"],) * 2
     losses = []
     for head in range(sides[0][2]):
         (x_t, y_t), (x_s, y_s) = (
@@ -54,8 +56,8 @@ def sequence_rows(inputs: Inputs, relation: str, row: int, tokens: list[int]) ->
         losses.append([])
         for i, here in enumerate(tokens):
             keys = [j for j, there in enumerate(tokens) if not options["causal"] or there <= here or there < prefix]
-            log_p = log_distribution(x_t[i], [y_t[j] for j in keys], options["temperature"])
-            log_q = log_distribution(x_s[i], [y_s[j] for j in keys], options["temperature"])
+            log_p = log_distribution(x_t[i], [y_t[j] for j in keys], scale_t, options["temperature"])
+            log_q = log_distribution(x_s[i], [y_s[j] for j in keys], scale_s, options["temperature"])
             losses[-1].append(sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True)))
     return losses
 
@@ -108,6 +110,12 @@ CASES = [
     Case(id="per token, packed", n=13, packed=(0, 4, 4, 5, 11), reduction="token", **SMALL),
     Case(id="summed", n=7, batch=3, masks=("right", "empty", "one"), reduction="sum", **SMALL),
     Case(id="hundreds", n=7, size=15.0, relations=("qk", "kv"), **SMALL),
+    Case(id="one scale", n=7, scale=0.7, temperature=1.3, **SMALL),
+    Case(id="two scales", n=7, batch=2, scale=(0.3, 0.9), masks=("holes", "full"), **SMALL),
+    Case(
+        id="the student's scale, re-split", n=7, teacher=(4, 2, 6), student=(6, 3, 4), relation_heads=3,
+        scale=(None, 1.1), layout="tokens first",
+    ),
 ]  # fmt: skip
 
 

@@ -78,6 +78,15 @@ def test_main_loop_stays_within_its_instructions(unmasked: list[dict[str, str]])
         assert 1.9 <= float(row["exponentials"]) <= exponentials, kernel
 
 
+def test_wide_heads_and_those_of_128_dimensions() -> None:
+    limits = {("rows", 128): (21.0, 150), ("forward", 512): (40.0, 16), ("wide", 512): (61.0, 20)}
+    rows = compile_all([("sm_90", kernel, dim, dim, bounded) for kernel, dim in limits for bounded in (False, True)])
+    for row, (issue, spills) in zip(rows, [limit for limit in limits.values() for _ in range(2)], strict=True):
+        assert 0 < float(row["issue"]) <= issue, row
+        assert float(row["exponentials"]) <= 2.1, row
+        assert int(row["spills"]) <= spills, row
+
+
 def test_main_loop_loads_ahead_of_use() -> None:
     """Of heads of 8 dimensions too, whose stride is no multiple of 16: a load into registers waits where it stands."""
     rows = compile_all([("sm_90", kernel, 16, 8, False) for kernel in LIMITS])

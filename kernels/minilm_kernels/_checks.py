@@ -1,6 +1,7 @@
 """Users' mistakes, each answered by one sentence with both offending values, before any kernel starts."""
 
 import importlib.util
+import math
 import numbers
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
@@ -17,7 +18,8 @@ REDUCTIONS = ("sequence", "token", "sum")
 IMPLEMENTATIONS = ("triton", "chunked", "reference")
 RELATIONS = tuple(x + y for x in "qkv" for y in "qkv")
 Layout = tuple[Sequence[int], tuple[int, ...], torch.dtype, torch.device]  # shape, stride, dtype, device of a tensor
-MAX_TRITON_DIM = 256
+MAX_TRITON_DIM = 1024
+LEAST_FACTOR, GREATEST_FACTOR = 1e-8, 1e8  # of scores; beyond, the kernels' FLOOR times it is near others or infinite
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: dynamo cannot trace the question
 _TRACING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 _FLOAT32 = torch.finfo(torch.float32)
@@ -165,6 +167,36 @@ def as_temperature(temperature: object) -> float:
     return number
 
 
+def as_scales(scale: object) -> tuple[float | None, float | None]:
+    """What multiplies the scores of teacher and student, None for 1/√d."""
+    if not isinstance(scale, (tuple, list)):
+        scale = (scale, scale)
+    if len(scale) != 2:
+        raise ValueError(f"scale must be one number or two, the teacher's and the student's, got {len(scale)} of them")
+    return _as_scale("teacher", scale[0]), _as_scale("student", scale[1])
+
+
+def _as_scale(whose: str, scale: object) -> float | None:
+    if scale is None:
+        return None
+    number = _as_float(f"the {whose}'s scale", scale)
+    if not number > 0:
+        raise ValueError(f"the {whose}'s scale must be positive, got {number}")
+    return number
+
+
+def score_factor(whose: str, scale: float | None, dim: int, temperature: float) -> float:
+    """What multiplies a model's products: its scale, 1/√dim if None, over the temperature."""
+    number = 1 / math.sqrt(dim) if scale is None else scale
+    factor = number / temperature
+    if not LEAST_FACTOR <= factor <= GREATEST_FACTOR:
+        raise ValueError(
+            f"the {whose}'s scale over the temperature must lie within {LEAST_FACTOR:g} and {GREATEST_FACTOR:g}, "
+            f"got {number:.3g} / {temperature:.3g}"
+        )
+    return factor
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {_shown(value)}")
@@ -217,11 +249,11 @@ def _as_float(name: str, value: object) -> float:
 
 
 def _described(value: object) -> str:
-    """The value in an error: "the string 'a'", else the name of its type; after a tensor's, what to do instead."""
+    """The value in an error: "the string 'a'", else the name of its type; after a tensor's, what to give instead."""
     if isinstance(value, str):
         return f"the string {_shown(value)}"
     if isinstance(value, Tensor):
-        return f"a {type(value).__name__} (it would get no gradient: multiply the loss by it)"
+        return f"a {type(value).__name__} (it would get no gradient; .item() is its value)"
     return type(value).__name__
 
 

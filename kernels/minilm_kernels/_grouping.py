@@ -4,7 +4,6 @@ Nothing here reads a value. So calls of equal layouts and options share one answ
 B batch, H heads of a model, R relation heads, N tokens, D head dimension.
 """
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,6 +24,7 @@ Call = tuple[
     bool,  # whether there is a mask or a packing: row weights come as a tensor then
     bool,  # causal
     float,  # temperature
+    tuple[float | None, float | None],  # scales of teacher and student
     str,  # reduction
     str | None,  # implementation
 ]
@@ -60,7 +60,7 @@ def layout(x: Tensor) -> Layout:
 
 def grouping(call: Call) -> Grouping:
     """The relations of a call, checked and grouped; the errors are those of `fused_minilm_loss`."""
-    relations, relation_heads, has_row_weights, causal, temperature, reduction, implementation = call
+    relations, relation_heads, has_row_weights, causal, temperature, scales, reduction, implementation = call
     checks.check_layouts([(name, layouts) for name, _, _, layouts in relations])
     batch, _, length, _ = relations[0][3][0][0]
     groups: list[tuple[object, Group]] = []
@@ -83,8 +83,8 @@ def grouping(call: Call) -> Grouping:
             constants = (
                 1.0 if reduction in ("sum", "none") else 1.0 / rows,
                 [relation_weight],
-                1 / (math.sqrt(d_t) * temperature),
-                1 / (math.sqrt(d_s) * temperature),
+                checks.score_factor("teacher", scales[0], d_t, temperature),
+                checks.score_factor("student", scales[1], d_s, temperature),
                 not causal,
                 reduction != "none",
             )

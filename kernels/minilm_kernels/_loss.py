@@ -17,6 +17,7 @@ from minilm_kernels._heads import relation_pair
 from minilm_kernels._reference import reference_losses
 
 Triple = tuple[Tensor | None, Tensor | None, Tensor | None]
+Scale = float | tuple[float | None, float | None] | None  # of both models, or the teacher's and the student's
 Losses = tuple[Tensor, Tensor, Sequence[int]]
 _PLACE = {"q": 0, "k": 1, "v": 2}
 
@@ -31,6 +32,7 @@ def fused_minilm_loss(
     prefix_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float = 1.0,
+    scale: Scale = None,
     reduction: str = "sequence",
     implementation: str | None = None,
 ) -> Tensor:
@@ -50,11 +52,14 @@ def fused_minilm_loss(
         prefix_lengths: (B,) integers, with causal=True: all tokens see the first so many positions (UniLM).
         cu_seqlens: (S + 1,) integers, with B = 1: the packed sequences are [cu[s], cu[s+1]) and do not see each other;
             tokens from cu[-1] on are padding. Each is one sequence of the reduction, empty ones do not count.
-        temperature: divides the scores of teacher and student.
+        temperature: divides the scores of teacher and student besides.
+        scale: what multiplies the scores instead of 1/√d (d of a relation head): one number, or the teacher's and the
+            student's, each None for 1/√d. Unlike SDPA's it must be positive: 0 tells no token from another, and no
+            attention prefers the tokens that are least alike.
         reduction: "sequence": per sequence the mean over heads and tokens, then the mean over the sequences that have
             tokens (MiniLM eq. 6 and 9); "token": every token of the batch weighs the same; "sum": no division.
         implementation: "triton" (CUDA), "chunked" (any device), "reference" (any device, N×N memory); None: triton on
-            CUDA up to 256 dimensions a head, else chunked. One that is named never falls back to another. "reference"
+            CUDA up to 1024 dimensions a head, else chunked. One that is named never falls back to another. "reference"
             alone has second and forward-mode derivatives; it multiplies 16-bit tensors in their own type, as eager code
             does, so that float16 scores end at 65504.
 
@@ -75,6 +80,7 @@ def fused_minilm_loss(
         relation_heads,
         Pattern(attention_mask, causal, prefix_lengths, cu_seqlens),
         temperature,
+        scale,
         reduction,
         implementation,
     )
@@ -91,6 +97,7 @@ def minilm_losses(
     prefix_lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     temperature: float,
+    scale: Scale,
     reduction: str,
     implementation: str | None,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -106,7 +113,7 @@ def minilm_losses(
     """
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
     total, values, order = _losses_of_layers(
-        teacher, student, relation_weights, relation_heads, pattern, temperature, reduction, implementation
+        teacher, student, relation_weights, relation_heads, pattern, temperature, scale, reduction, implementation
     )
     by_place = dict(zip(order, values.unbind(0), strict=True))
     losses = iter([by_place[place] for place in range(len(order))])
@@ -120,6 +127,7 @@ def _losses_of_layers(
     relation_heads: int | None,
     pattern: Pattern,
     temperature: float,
+    scale: Scale,
     reduction: str,
     implementation: str | None,
 ) -> Losses:
@@ -132,7 +140,7 @@ def _losses_of_layers(
             x, y = _PLACE[name[0]], _PLACE[name[1]]
             relations.append((name, weight))
             sides.append((of_teacher[x], of_teacher[y], of_student[x], of_student[y]))
-    return _losses(relations, sides, relation_heads, pattern, temperature, reduction, implementation)
+    return _losses(relations, sides, relation_heads, pattern, temperature, scale, reduction, implementation)
 
 
 def relation_kl(
@@ -146,10 +154,11 @@ def relation_kl(
     prefix_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float = 1.0,
+    scale: Scale = None,
     reduction: str = "sequence",
     implementation: str | None = None,
 ) -> Tensor:
-    """KL(softmax(X_T Y_Tᵀ/√d_T) ‖ softmax(X_S Y_Sᵀ/√d_S)) of one relation, in nats.
+    """KL(softmax(X_T Y_Tᵀ/√d_T) ‖ softmax(X_S Y_Sᵀ/√d_S)) of one relation, in nats; `scale` replaces the 1/√d.
 
     Args:
         x_t, y_t: the teacher's (B, H_t, N, D_t); `y_t is x_t` and `y_s is x_s` mark a self relation (QQ, KK, VV).
@@ -166,7 +175,7 @@ def relation_kl(
     checks.check_choice("reduction", reduction, (*checks.REDUCTIONS, "none"))
     pattern = Pattern(attention_mask, causal, prefix_lengths, cu_seqlens)
     sides = [(x_t, y_t, x_s, y_s)]
-    loss, *_ = _losses([("x-y", 1.0)], sides, relation_heads, pattern, temperature, reduction, implementation)
+    loss, *_ = _losses([("x-y", 1.0)], sides, relation_heads, pattern, temperature, scale, reduction, implementation)
     return loss[0] if reduction == "none" else loss
 
 
@@ -176,6 +185,7 @@ def _losses(
     relation_heads: int | None,
     pattern: Pattern,
     temperature: float,
+    scale: Scale,
     reduction: str,
     implementation: str | None,
 ) -> Losses:
@@ -183,7 +193,7 @@ def _losses(
 
     Under reduction "none" there is one relation, and its rows (1, B, R, N) stand for the weighted sum.
     """
-    temperature = checks.as_temperature(temperature)
+    temperature, scales = checks.as_temperature(temperature), checks.as_scales(scale)
     relation_heads = checks.as_relation_heads(relation_heads)
     checks.check_causal(pattern.causal)
     if implementation is not None:
@@ -202,7 +212,8 @@ def _losses(
         layouts = x_t_layout, x_t_layout if is_self else layout(y_t), x_s_layout, x_s_layout if is_self else layout(y_s)
         described.append((name, weight, is_self, layouts))
     has_row_weights = pattern.attention_mask is not None or pattern.cu_seqlens is not None
-    call = tuple(described), relation_heads, has_row_weights, pattern.causal, temperature, reduction, implementation
+    options = relation_heads, has_row_weights, pattern.causal, temperature, scales, reduction, implementation
+    call = tuple(described), *options
     groups, order, chosen, splits_heads, wide = (known_grouping if known else grouping)(call)
 
     (batch, _, length, _), _, _, device = described[0][3][0]

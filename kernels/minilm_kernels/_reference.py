@@ -1,8 +1,8 @@
 """The formula, with every N×N matrix in memory: it defines correctness and works in any float type.
 
-    P = softmax(X_T Y_Tᵀ / (√d_T τ)),  Q = softmax(X_S Y_Sᵀ / (√d_S τ))   over the allowed keys
+    P = softmax(scale_T X_T Y_Tᵀ),  Q = softmax(scale_S X_S Y_Sᵀ)   over the allowed keys
     row loss  KL(P_i ‖ Q_i) = Σ_j P_ij (log P_ij − log Q_ij)   in nats     (MiniLM eq. 6 and 9, MiniLMv2 eq. 5 and 6)
-B batch, R relation heads, N tokens, d dimension of a relation head, τ temperature.
+scale is 1/(√d τ) by default. B batch, R relation heads, N tokens, d dimension of a relation head, τ temperature.
 """
 
 from collections.abc import Sequence

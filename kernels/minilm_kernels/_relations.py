@@ -24,7 +24,7 @@ class Relations(NamedTuple):
     row_weight: Tensor | None  # (B or 1, N), equal along a sequence; None: 1
     weight: float  # of every row besides
     relation_weights: list[float]  # of each relation in the loss
-    scale_t: float
+    scale_t: float  # of products, positive: 1/√d_T or one's own, over the temperature
     scale_s: float
     symmetric: bool  # whether key j allowed for row i means key i allowed for row j
     reduces: bool  # True: one weighted sum a relation; False: the rows themselves, unweighted

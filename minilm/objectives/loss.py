@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from minilm_kernels._checks import relation_weights
-from minilm_kernels._loss import Triple, minilm_losses
+from minilm_kernels._loss import Scale, Triple, minilm_losses
 
 
 class MiniLMLoss(nn.Module):
@@ -25,6 +25,7 @@ class MiniLMLoss(nn.Module):
         relation_heads: int | None = None,
         causal: bool = False,
         temperature: float = 1.0,
+        scale: Scale = None,
         reduction: str = "sequence",
         implementation: str | None = None,
     ) -> None:
@@ -33,6 +34,7 @@ class MiniLMLoss(nn.Module):
         self.relation_heads = relation_heads
         self.causal = causal
         self.temperature = temperature
+        self.scale = scale
         self.reduction = reduction
         self.implementation = implementation
 
@@ -67,6 +69,7 @@ class MiniLMLoss(nn.Module):
             prefix_lengths,
             cu_seqlens,
             self.temperature,
+            self.scale,
             self.reduction,
             self.implementation,
         )

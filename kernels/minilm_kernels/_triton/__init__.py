@@ -19,6 +19,7 @@ from minilm_kernels._triton._plan import (
 from minilm_kernels._triton._resident import resident_launch, scale_launch
 from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import factor_launch, self_launch
+from minilm_kernels._triton._wide import wide_launches
 
 Outputs = tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]
 
@@ -34,10 +35,11 @@ def _buffers(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """lse_t, lse_s, dx, dy."""
     on_chip = problem.structure == "resident"
+    prepares = needs_gradient and problem.structure in ("resident", "cross")
     parts = problem.lse_parts if needs_gradient and not on_chip else 0
     lse_t = relations.x_s[0].new_empty((parts, *problem.shape), dtype=torch.float32)
     lse_s = torch.empty_like(lse_t)
-    dx = [torch.empty_like(x) for x in relations.x_s] if needs_gradient and problem.structure != "self" else []
+    dx = [torch.empty_like(x) for x in relations.x_s] if prepares else []
     dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and on_chip else []
     return lse_t, lse_s, dx, dy
 
@@ -79,6 +81,8 @@ def backward(
                 factor_launch(problem, lse_t, lse_s, bases, factors),
                 self_launch(*given, tiles("self", problem, chip)),
             ]
+        case "wide":
+            launches = wide_launches(relations, problem, lse_t, lse_s, grad, dx, dy, tiles("wide", problem, chip))
         case _:
             launches = [key_launch(relations, problem, lse_t, lse_s, grad, dx, dy, tiles("keys", problem, chip))]
     for launch in launches:

@@ -8,13 +8,12 @@ Otherwise each row has a weight of any sign, given relative to the largest, `uni
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments
+from minilm_kernels._triton._launch import Launch, group, lse_argument, row_gradients, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
@@ -77,15 +76,17 @@ def key_sweep(
 
     for m in range(start, full, BLOCK_M):
         t, s, tile_s = scores(
-            key_t, key_s, x_t, x_s, row_t, row_s, m, None, first, end, scales, SCALED, D_T, D_S, PRECISION, BLOCK_M
-        )
+            key_t, key_s, token, y_t, y_s, x_t, x_s, row_t, row_s, m, None, first, end, scales,
+            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
         at_m = at + (m + tl.arange(0, BLOCK_M))
         sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, None, REDUCES, PRECISION)
     for m in range(full, last, TAIL):
         row = is_token(bounds, holes, batch, m, last, B, N, TAIL)
         t, s, tile_s = scores(
-            key_t, key_s, x_t, x_s, row_t, row_s, m, row, first, end, scales, SCALED, D_T, D_S, PRECISION, TAIL
-        )
+            key_t, key_s, token, y_t, y_s, x_t, x_s, row_t, row_s, m, row, first, end, scales,
+            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_N, TAIL,
+        )  # fmt: skip
         at_m = at + (m + tl.arange(0, TAIL))
         sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, row, REDUCES, PRECISION)
 
@@ -133,10 +134,7 @@ def key_launch(
 ) -> Launch:
     block_m, block_n, num_warps, num_stages, registers = shape
     programs, constants = sweep_grid(problem, block_n, block_m)
-    unit = None
-    if not problem.reduces:
-        unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-        grad = (grad / unit).contiguous()
+    grad, unit = row_gradients(problem, grad)
     arguments = {
         **constants,
         **shared_arguments(relations),

@@ -70,6 +70,14 @@ def shared_arguments(relations: Relations) -> dict[str, object]:
     }
 
 
+def row_gradients(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the weighted sum, or those of the rows over the largest, and that as `unit`."""
+    if problem.reduces:
+        return grad, None
+    unit = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    return (grad / unit).contiguous(), unit
+
+
 def value_buffer(relations: Relations, problem: Problem, programs: int) -> Tensor:
     """Uninitialised, for the losses that the kernels store: one a program, or one a row."""
     shape = (problem.shape[0], programs // problem.shape[0]) if problem.reduces else problem.shape

@@ -2,6 +2,7 @@
 
 - "resident": whole rows on chip; sums of short sequences with small heads, loss and gradients from one launch.
 - "self": forward, then one sweep for the gradient of a self relation, where row and key see each other or neither does.
+- "wide": forward, then a sweep for each gradient; heads too wide to hold.
 - "cross": forward with dX, then a sweep for dY; everything else.
 """
 
@@ -16,6 +17,7 @@ import triton
 from minilm_kernels._relations import Relations
 
 RESIDENT_DIM = 64
+HELD_DIM = 128  # wider heads are read in parts
 _TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
@@ -41,7 +43,13 @@ class Problem:
         tokens = resident_tokens(architecture(self.device), self.element_size)
         if self.reduces and self.shape[3] <= tokens and max(self.d_t, self.d_s) <= RESIDENT_DIM:
             return "resident"
+        if self.is_wide:
+            return "wide"
         return "self" if self.is_self and self.symmetric and self.reduces else "cross"
+
+    @property
+    def is_wide(self) -> bool:
+        return max(self.d_t, self.d_s) > HELD_DIM
 
     @property
     def element_size(self) -> int:
@@ -97,8 +105,14 @@ _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
         "self": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
     },
     90: {
-        "forward": {16: Tiles(64, 64, 4, 3), 32: Tiles(64, 64, 4, 3, 128), 64: Tiles(64, 64, 4, 2, 128)},
-        "rows": {64: Tiles(64, 64, 4, 3, 168), 128: Tiles(64, 32, 4, 2)},
+        "forward": {
+            16: Tiles(64, 64, 4, 3),
+            32: Tiles(64, 64, 4, 3, 128),
+            64: Tiles(64, 64, 4, 2, 128),
+            128: Tiles(64, 64, 4, 2),
+            1024: Tiles(128, 128, 8, 2),
+        },
+        "rows": {64: Tiles(64, 64, 4, 3, 168), 128: Tiles(128, 64, 8, 2)},
         "keys": {
             16: Tiles(32, 128, 4, 3),
             32: Tiles(64, 64, 4, 3, 128),
@@ -167,9 +181,20 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def held_dim(problem: Problem, dim: int) -> int:
+    """Dimensions of a head that the score products hold at once: all of them, or a part where heads are wide."""
+    part = 64 if problem.element_size == 2 else 32
+    return min(padded(dim), part) if problem.is_wide else padded(dim)
+
+
+def output_dim(problem: Problem) -> int:
+    """Dimensions of a gradient that a program makes where heads are wide: what its registers can accumulate."""
+    return min(padded(problem.d_s), 256)
+
+
 @lru_cache(maxsize=1024)
 def tiles(kernel: str, problem: Problem, architecture: int) -> Tiles:
-    """Tiles of "forward" (rows without gradient), "rows", "keys" or "self"."""
+    """Tiles of "forward" (rows without gradient), "rows", "keys", "self" or "wide"."""
     size = problem.element_size
     dim_t, dim_s = padded(problem.d_t), padded(problem.d_s)
     if size == 2:
@@ -177,14 +202,13 @@ def tiles(kernel: str, problem: Problem, architecture: int) -> Tiles:
             if dim_s <= dim and dim_t <= max(dim, 64):
                 return found
     dim = max(dim_t, dim_s)
+    if problem.is_wide:
+        return Tiles(32, 32, 8, 2) if size > 2 else Tiles(128, 64, 8, 2)
     if size > 2:  # true float32 multiplies without tensor cores, and its operands fill registers
         if dim <= 16:
             return Tiles(64, 32, 4, 2)
-        if dim <= (64 if kernel == "rows" else 128):
-            return Tiles(32, 32, 8, 2)
-        return Tiles(16, 32 if dim <= 128 else 16, 4, 2)
-    block = 64 if dim <= 128 else 32
-    return Tiles(block, block, 4, 2)
+        return Tiles(16, 32, 4, 2) if kernel == "rows" and dim > 64 else Tiles(32, 32, 8, 2)
+    return Tiles(64, 64, 4, 2)
 
 
 @lru_cache(maxsize=1024)
@@ -205,7 +229,7 @@ def size_constants(problem: Problem) -> dict[str, Any]:
         "N": length,
         "D_T": problem.d_t,
         "D_S": problem.d_s,
-        "DIM_T": padded(problem.d_t),
-        "DIM_S": padded(problem.d_s),
+        "DIM_T": held_dim(problem, problem.d_t),
+        "DIM_S": held_dim(problem, problem.d_s),
         "PRECISION": problem.precision,
     }

@@ -37,6 +37,7 @@ from minilm_kernels._triton._steps import (
     scores,
     store_lse,
     store_tokens,
+    tokens,
     visible_range,
     weight_of,
 )
@@ -78,8 +79,8 @@ def row_sweep(
     m = tile * BLOCK_M
     inside = m + tl.arange(0, BLOCK_M) < N
     token, first, end, start, full, last = visible_range(bounds, holes, 0, batch, m, B, N, FILLED, BLOCK_M, BLOCK_N)
-    query_t = load_tokens(x_t, head_pointer(x_t, relation, batch, head), m, token, D_T, DIM_T, BLOCK_M)
-    query_s = load_tokens(x_s, head_pointer(x_s, relation, batch, head), m, token, D_S, DIM_S, BLOCK_M)
+    query_t = tokens(x_t, head_pointer(x_t, relation, batch, head), m, token, D_T, DIM_T, BLOCK_M)
+    query_s = tokens(x_s, head_pointer(x_s, relation, batch, head), m, token, D_S, DIM_S, BLOCK_M)
     key_t, key_s = head_pointer(y_t, relation, batch, head), head_pointer(y_s, relation, batch, head)
     if OWN_SCORE:
         own_t = load_tokens(y_t, key_t, m, token, D_T, DIM_T, BLOCK_M)
@@ -94,8 +95,9 @@ def row_sweep(
 
     for n in range(start, full, BLOCK_N):
         t, s, tile_s = scores(
-            query_t, query_s, y_t, y_s, key_t, key_s, n, None, first, end, scales, False, D_T, D_S, PRECISION, BLOCK_N
-        )
+            query_t, query_s, token, x_t, x_s, y_t, y_s, key_t, key_s, n, None, first, end, scales,
+            False, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         if OWN_SCORE:
             l_t, l_s, a, o_t, o_d, ratio = _update(
                 m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION
@@ -113,8 +115,9 @@ def row_sweep(
     for n in range(full, last, TAIL):
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
         t, s, tile_s = scores(
-            query_t, query_s, y_t, y_s, key_t, key_s, n, key, first, end, scales, False, D_T, D_S, PRECISION, TAIL
-        )
+            query_t, query_s, token, x_t, x_s, y_t, y_s, key_t, key_s, n, key, first, end, scales,
+            False, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, TAIL,
+        )  # fmt: skip
         m_t, m_s, l_t, l_s, a, o_t, o_d, ratio = _online_update(
             m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse_t, dx, PRECISION
         )
@@ -215,6 +218,6 @@ def row_launch(
         "WEIGHTED": problem.reduces and problem.weights_in_gradients,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "OWN_SCORE": problem.element_size == 2 and (not dx or problem.dtype_s != torch.float16),
+        "OWN_SCORE": problem.element_size == 2 and not problem.is_wide and (not dx or problem.dtype_s != torch.float16),
     }
     return Launch(row_sweep, programs, arguments, num_warps, num_stages, registers)

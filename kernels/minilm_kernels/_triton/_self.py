@@ -118,8 +118,9 @@ def self_sweep(
     for n in range(start, full, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         t, s, tile_s = scores(
-            query_t, query_s, x_t, x_s, row_t, row_s, n, None, first, end, scales, SCALED, D_T, D_S, PRECISION, BLOCK_N
-        )
+            query_t, query_s, token, x_t, x_s, x_t, x_s, row_t, row_s, n, None, first, end, scales,
+            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         b_t, b_s = tl.load(factors[0] + at + offs_n), tl.load(factors[1] + at + offs_n)
         g = probability(s, scales[1], lse_s, own_s, low_s, 1) * (1.0 + a_s[:, None] * b_s[None, :])
         g -= probability(t, scales[0], lse_t, own_t, low_t, 1) * (1.0 + a_t[:, None] * b_t[None, :])
@@ -128,8 +129,9 @@ def self_sweep(
         offs_n = n + tl.arange(0, TAIL)
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
         t, s, tile_s = scores(
-            query_t, query_s, x_t, x_s, row_t, row_s, n, key, first, end, scales, SCALED, D_T, D_S, PRECISION, TAIL
-        )
+            query_t, query_s, token, x_t, x_s, x_t, x_s, row_t, row_s, n, key, first, end, scales,
+            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, TAIL,
+        )  # fmt: skip
         key_t, key_low_t = load_lse(lse_t, at + offs_n, key)
         key_s, key_low_s = load_lse(lse_s, at + offs_n, key)
         g = probability(s, scales[1], lse_s, own_s, low_s, 1)

@@ -43,34 +43,37 @@ def head_pointer(x, relation, batch, head):
 
 
 @triton.jit
-def tile_pointers(x, base, start, BLOCK: tl.constexpr, DIM: tl.constexpr):
-    """Pointers (BLOCK, DIM) to the tokens from `start` on; only `start` needs 64 bits."""
+def tile_pointers(x, base, start, BLOCK: tl.constexpr, DIM: tl.constexpr, d=0):
+    """Pointers (BLOCK, DIM) to the tokens from `start` on, dimensions from `d` on; only `start` needs 64 bits."""
     first, rows = (
         tl.multiple_of(tl.cast(start, tl.int64) * x[3], x[5]),
         tl.multiple_of(tl.arange(0, BLOCK) * x[3], x[5]),
     )
-    return base + first + (rows[:, None] + (tl.arange(0, DIM) * x[4])[None, :])
+    return base + first + (rows[:, None] + ((d + tl.arange(0, DIM)) * x[4])[None, :])
 
 
 @triton.jit
-def load_tokens(x, base, start, token, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens from `start` on where `token` (None: all), else zeros: what stands behind a mask is never read."""
-    pointers = tile_pointers(x, base, start, BLOCK, DIM)
+def load_tokens(x, base, start, token, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, d=0):
+    """The tokens from `start` on where `token` (None: all), else zeros: what stands behind a mask is never read.
+
+    Of each the DIM dimensions from `d` on.
+    """
+    pointers = tile_pointers(x, base, start, BLOCK, DIM, d)
     if token is not None:
-        tile = tl.load(pointers, mask=token[:, None] & (tl.arange(0, DIM) < D)[None, :], other=0.0)
-    elif D == DIM:
+        tile = tl.load(pointers, mask=token[:, None] & (d + tl.arange(0, DIM) < D)[None, :], other=0.0)
+    elif D % DIM == 0:
         tile = tl.load(pointers)
     else:
-        tile = tl.load(pointers, mask=(tl.arange(0, DIM) < D)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=(d + tl.arange(0, DIM) < D)[None, :], other=0.0)
     if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16, but float32 rightly
         tile = tile.to(tl.float32)
     return tile
 
 
 @triton.jit
-def store_tokens(x, base, start, values, inside, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    pointers = tile_pointers(x, base, start, BLOCK, DIM)
-    mask = inside[:, None] & (tl.arange(0, DIM) < D)[None, :]
+def store_tokens(x, base, start, values, inside, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, d=0):
+    pointers = tile_pointers(x, base, start, BLOCK, DIM, d)
+    mask = inside[:, None] & (d + tl.arange(0, DIM) < D)[None, :]
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
@@ -179,23 +182,52 @@ def load(pointers, token):
 
 
 @triton.jit
-def scores(
-    own_t, own_s, x_t, x_s, base_t, base_s, start, token, first, end, scales,
-    SCALED: tl.constexpr, D_T: tl.constexpr, D_S: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+def tokens(x, base, start, token, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The tokens as `products` takes them: loaded, or if D > DIM where they lie, to be loaded in parts of DIM."""
+    if D > DIM:
+        return base, start
+    else:
+        return load_tokens(x, base, start, token, D, DIM, BLOCK)
+
+
+@triton.jit
+def products(
+    own, others, x, y, own_token, token,
+    D: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a program's own tokens with a tile of others from `start` on, and that tile of the student.
+    """Products (OWN, BLOCK) of own `tokens` of x and others of y."""
+    if D > DIM:
+        total = tl.zeros([OWN, BLOCK], tl.float32)
+        for d in range(0, D, DIM):
+            own_part = load_tokens(x, own[0], own[1], own_token, D, DIM, OWN, d)
+            other_part = load_tokens(y, others[0], others[1], token, D, DIM, BLOCK, d)
+            total = tl.dot(own_part, other_part.T, total, input_precision=PRECISION)
+        return total
+    else:
+        return tl.dot(own, others.T, input_precision=PRECISION)
+
+
+@triton.jit
+def scores(
+    own_t, own_s, own_token, x_t, x_s, y_t, y_s, base_t, base_s, start, token, first, end, scales,
+    SCALED: tl.constexpr, D_T: tl.constexpr, D_S: tl.constexpr, DIM_T: tl.constexpr, DIM_S: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scores of a program's own `tokens` of x with a tile of others of y from `start` on, and that tile of the student.
 
     token is None where each own token sees the whole tile; else FLOOR stands where an other is not `token` or lies
     outside first..end. Where not SCALED the scores are bare products.
     """
-    tile_t = load_tokens(x_t, base_t, start, token, D_T, own_t.shape[1], BLOCK)
-    tile_s = load_tokens(x_s, base_s, start, token, D_S, own_s.shape[1], BLOCK)
+    tile_t = tokens(y_t, base_t, start, token, D_T, DIM_T, BLOCK)
+    tile_s = tokens(y_s, base_s, start, token, D_S, DIM_S, BLOCK)
     allowed = None
     if token is not None:
         offs = start + tl.arange(0, BLOCK)
         allowed = token[None, :] & (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
-    t = _score(tl.dot(own_t, tile_t.T, input_precision=PRECISION), scales[0], allowed, SCALED)
-    s = _score(tl.dot(own_s, tile_s.T, input_precision=PRECISION), scales[1], allowed, SCALED)
+    t = products(own_t, tile_t, x_t, y_t, own_token, token, D_T, DIM_T, PRECISION, OWN, BLOCK)
+    t = _score(t, scales[0], allowed, SCALED)
+    s = products(own_s, tile_s, x_s, y_s, own_token, token, D_S, DIM_S, PRECISION, OWN, BLOCK)
+    s = _score(s, scales[1], allowed, SCALED)
     return t, s, tile_s
 
 
