@@ -1,5 +1,8 @@
 """What runs in a process without Triton's interpreter: the library on compiled kernels, and checks of its losses."""
 
+import atexit
+import gc
+
 import torch
 from loss_cases import Case, Outcome, build, check_outcome, evaluate
 from ptxrun.driver import Device
@@ -12,6 +15,8 @@ DEVICES: list[Device] = []
 
 def start(architecture: int) -> None:
     """Makes `implementation="triton"` run kernels compiled for such a GPU, on CPU tensors."""
+    gc.disable()  # translated code is millions of objects, none of them in a cycle
+    atexit.register(gc.freeze)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fresh buffers hold NaN
     DEVICES.append(Device(architecture))

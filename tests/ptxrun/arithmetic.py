@@ -103,16 +103,13 @@ def multiply_tiles(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     below the last place of the largest, and the sum is cut off to float32.
     """
     step = 8 if a.shape[-1] == 16 else 4
-    for k in range(0, a.shape[-1], step):
-        terms = a[..., :, k : k + step, None].astype(F8) * b[..., None, k : k + step, :]
-        terms = np.concatenate([terms, c[..., :, None, :].astype(F8)], axis=-2)
-        _, exponent = np.frexp(np.abs(terms).max(-2, keepdims=True))
-        unit = np.ldexp(1.0, exponent - 25)
-        total = (np.trunc(terms / unit) * unit).sum(-2)
-        c = _towards_zero(total)
+    a, b = np.moveaxis(a.astype(F8), -1, 0), np.moveaxis(b.astype(F8), -2, 0)
+    terms = np.empty((step + 1, *c.shape), F8)
+    for k in range(0, len(a), step):
+        np.multiply(a[k : k + step, ..., None], b[k : k + step, ..., None, :], out=terms[:step])
+        terms[step] = c
+        _, exponent = np.frexp(np.maximum.reduce(np.abs(terms)))
+        terms *= np.ldexp(1.0, 25 - exponent)
+        total = np.add.reduce(np.trunc(terms, out=terms)) * np.ldexp(1.0, exponent - 25)
+        c = (total.view(np.int64) & -(1 << 29)).view(F8).astype(F4)  # 24 bits of the number are left
     return c
-
-
-def _towards_zero(x: np.ndarray) -> np.ndarray:
-    nearest = x.astype(F4)
-    return np.where(np.abs(nearest.astype(F8)) > np.abs(x), np.nextafter(nearest, F4(0)), nearest)
