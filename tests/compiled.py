@@ -16,7 +16,7 @@ DEVICES: list[Device] = []
 def start(architecture: int) -> None:
     """Makes `implementation="triton"` run kernels compiled for such a GPU, on CPU tensors."""
     gc.disable()  # translated code is millions of objects, none of them in a cycle
-    atexit.register(gc.freeze)
+    atexit.register(DEVICES.clear)  # else the collection at the end goes through them
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fresh buffers hold NaN
     DEVICES.append(Device(architecture))

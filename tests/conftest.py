@@ -68,10 +68,20 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def compiled() -> Iterator[Callable[..., Any]]:
     """Calls a function in a process where Triton is no interpreter and its kernels are compiled for sm_80."""
+    yield from calls_of_process(80)
+
+
+@pytest.fixture(scope="session")
+def compiled_for_hopper() -> Iterator[Callable[..., Any]]:
+    """`compiled`, for sm_90."""
+    yield from calls_of_process(90)
+
+
+def calls_of_process(architecture: int) -> Iterator[Callable[..., Any]]:
     pytest.importorskip("triton", reason="kernels are compiled by Triton, which is for Linux")
     import compiled
 
-    with ProcessPoolExecutor(1, get_context("spawn"), compiled.start, (80,)) as process:
+    with ProcessPoolExecutor(1, get_context("spawn"), compiled.start, (architecture,)) as process:
         with pytest.MonkeyPatch.context() as environment:
             environment.delenv("TRITON_INTERPRET", raising=False)
             process.submit(int).result()  # starts it

@@ -93,9 +93,30 @@ CASES = [
 ]
 
 
+WALK = {"teacher": (2, 2, 64), "student": (2, 2, 32)}
+HOPPER = [
+    *[
+        Case(id=f"{name} tiles, {keys}", n=129, dtypes=(dtype, dtype), **fields(keys, 129))
+        for name, dtype, kinds in (
+            ("bf16", BF16, ("all", "padding", "causal padding", "packed")),
+            ("fp16", FP16, ("padding",)),
+        )
+        for keys in kinds
+    ],
+    Case(id="bf16 on chip, padding", n=37, dtypes=(BF16, BF16), **fields("padding", 37)),
+    Case(id="bf16 on chip, a walk over the heads", n=100, dtypes=(BF16, BF16), **WALK, **fields("padding", 100)),
+    *wide("bf16 tiles", BF16, 200, (64, 32), (128, 128)),
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_against_float64(case: Case, compiled: Run) -> None:
     compiled(check, case, "triton", "cpu", True)
+
+
+@pytest.mark.parametrize("case", HOPPER, ids=lambda case: case.id)
+def test_against_float64_on_hopper(case: Case, compiled_for_hopper: Run) -> None:
+    compiled_for_hopper(check, case, "triton", "cpu", True)
 
 
 @pytest.mark.parametrize("relation", [reductions.CROSS, reductions.SELF])

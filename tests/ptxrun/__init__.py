@@ -4,7 +4,7 @@ Triton's interpreter runs a kernel's Python. A GPU runs what the compiler made o
 cores, shared memory, asynchronous copies, fused multiply-adds. Here all threads of some programs of the grid run side
 by side, one array a register.
 
-- Exact, bit for bit: integers, logic, moves, shuffles, `ldmatrix`, branches.
+- Exact, bit for bit: integers, logic, moves, shuffles, `ldmatrix` and `stmatrix`, branches.
 - Rounded as on a GPU: sums, products, `fma`, conversions. A product that nothing but a sum needs becomes one `fma` with
   it, as ptxas may do.
 - As inexact as a GPU may be: approximate instructions and tensor cores (`arithmetic`).
@@ -13,6 +13,7 @@ by side, one array a register.
   instructions that only some threads reach.
 - Garbage: registers and shared memory start as NaN, and so does what `cp.async` has not brought yet.
 
-An instruction that is not here raises NotImplementedError. Not shown: time, registers and spills (those are in
+What Triton emits for sm_80 and, with Hopper's products of a warpgroup (`wgmma`), for sm_90 is here; another instruction
+raises NotImplementedError. Not shown: whether a `wgmma` was waited for, time, registers and spills (those are in
 `bench/static_report.py`), races in general (warps run in step), what ptxas itself does wrong, and launching.
 """

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ class Device:
         key = kernel, *map(str, described), str(parsed)
         if key not in self._ready:
             ptx, shared_bytes = self._compile(ASTSource(kernel, *described), parsed)
-            program = _parsed(ptx)
+            program = parse(ptx)
             self._ready[key] = _Ready(ptx, program, translate(program), shared_bytes)
         _, program, blocks, shared_bytes = self._ready[key]
 
@@ -94,14 +95,12 @@ class Device:
         _launch.Launch.run = run
         _checks._triton_interprets = lambda: True
         _plan.architecture = _triton.architecture = lambda device: self.target.arch
+        torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=1)
 
 
 @cache
 def _binder(kernel: JITFunction[Any], backend: Any) -> Any:
     return create_function_from_signature(kernel.signature, kernel.params, backend)
-
-
-_parsed = cache(parse)  # kernels that differ in hints alone are the same text
 
 
 def _values(arguments: Any, signature: Any, memory: Memory) -> Iterator[Any]:

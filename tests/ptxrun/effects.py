@@ -10,6 +10,7 @@ from ptxrun.machine import STORED, WARP, Copy, Machine, Mask, Step
 from ptxrun.memory import Fault
 from ptxrun.program import Instruction, Program
 from ptxrun.values import TYPES, Value, operand
+from ptxrun.wgmma import wgmma
 
 
 def _parts(text: str) -> list[str]:
@@ -173,6 +174,27 @@ def _load_matrices(program: Program, x: Instruction) -> Step:
     return load
 
 
+def _store_matrices(program: Program, x: Instruction) -> Step:
+    """stmatrix: what ldmatrix would load, stored."""
+    sources = [operand(program, text, np.uint32) for text in _parts(x.operands[1])]
+    assert "m8n8" in x.opcode
+    assert x.opcode[-1] == "b16"
+    address, transposed = _address(program, x.operands[0], np.uint32), "trans" in x.opcode
+
+    def store(machine: Machine, mask: Mask) -> None:
+        machine.whole_warps(mask)
+        lanes = machine.chosen(mask).reshape(-1, WARP)
+        givers = lanes[:, : 8 * len(sources)].reshape(-1)
+        words = np.stack([np.broadcast_to(source(machine), machine.lanes)[lanes] for source in sources], 1)
+        matrices = words.view(np.uint16).reshape(-1, len(sources), 8, 8)
+        if transposed:
+            matrices = matrices.swapaxes(2, 3)
+        rows = np.ascontiguousarray(matrices).reshape(-1, 8)
+        machine.shared.store(machine.slot[givers], address(machine)[givers], machine.warp[givers], rows)
+
+    return store
+
+
 def _multiply_matrices(program: Program, x: Instruction) -> Step:
     """mma.sync of 16x8 results; lane l = 4 g + t holds rows g and g + 8 of A and columns g of B."""
     shape, kind = x.opcode[3], x.opcode[7]
@@ -274,7 +296,10 @@ EFFECTS: dict[str, Callable[[Program, Instruction], Step]] = {
     "st": _store,
     "cp": _copy,
     "ldmatrix": _load_matrices,
+    "stmatrix": _store_matrices,
     "mma": _multiply_matrices,
+    "wgmma": wgmma,
+    "fence": lambda program, x: lambda machine, mask: None,
     "shfl": _shuffle,
     "redux": _reduce,
     "bar": _barrier,

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from functools import cache
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from ptxrun.program import Instruction, Program
 from ptxrun.values import VALUES
 
 
-@cache
 def translate(program: Program) -> list[Block]:
     return [[(_step(program, x), x.guard, x.negated, str(x)) for x in block] for block in _contracted(program)]
 
