@@ -3,7 +3,10 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +63,29 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Iterator[Callable[..., Any]]:
+    """Calls a function in a process where Triton is no interpreter and its kernels are compiled for sm_80."""
+    yield from calls_of_process(80)
+
+
+@pytest.fixture(scope="session")
+def compiled_for_hopper() -> Iterator[Callable[..., Any]]:
+    """`compiled`, for sm_90."""
+    yield from calls_of_process(90)
+
+
+def calls_of_process(architecture: int) -> Iterator[Callable[..., Any]]:
+    pytest.importorskip("triton", reason="kernels are compiled by Triton, which is for Linux")
+    import compiled
+
+    with ProcessPoolExecutor(1, get_context("spawn"), compiled.start, (architecture,)) as process:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.delenv("TRITON_INTERPRET", raising=False)
+            process.submit(int).result()  # starts it
+        yield lambda function, *args: process.submit(function, *args).result()
 
 
 CommandLine = Callable[..., tuple[int, str, str]]

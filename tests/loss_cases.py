@@ -131,6 +131,8 @@ def lay_out(tensors: Triple, layout: str) -> Triple:
             )
         case "expanded":  # one head for all of them, a stride of 0
             return tuple(x[:, :1].expand_as(x) for x in tensors)
+        case "far apart":  # a stride that needs 64 bits, of a batch of one
+            return tuple(x.as_strided(x.shape, (2**33, *x.stride()[1:])) for x in tensors)
         case "mixed":
             return tensors[0], *lay_out(tensors, "tokens first")[1:2], *lay_out(tensors, "every other")[2:]
     raise ValueError(layout)
@@ -151,21 +153,24 @@ def eager_and_exact(case: Case, device: str) -> tuple[Outcome, Outcome]:
     return evaluate(inputs, "reference"), evaluate(inputs, "reference", torch.float64)
 
 
-def check(case: Case, implementation: str, device: str) -> None:
-    """Loss and gradients of one implementation against float64."""
+def check(case: Case, implementation: str, device: str, compiled: bool = False) -> Outcome:
+    """Loss and gradients of one implementation against float64; compiled: by compiled kernels, on whatever device."""
     inputs = build(case, device)
     actual = evaluate(inputs, implementation)
-    check_outcome(actual, *eager_and_exact(case, device), roundings=probability_roundings(case, inputs.student))
+    roundings = probability_roundings(case, inputs.student) if compiled or device == "cuda" else NO_ROUNDINGS
+    check_outcome(actual, *eager_and_exact(case, device), roundings)
+    return actual
+
+
+NO_ROUNDINGS = (0.0, 0.0, 0.0)
 
 
 def probability_roundings(case: Case, student: Triple) -> tuple[float, ...]:
-    """What two roundings of the probabilities 1 do to the gradient of each tensor, on a GPU; elsewhere 0.
+    """What two roundings of the probabilities 1 do to the gradient of each tensor, on a GPU.
 
     Its exponential is an approximation, and a probability is a product with an inverse there. Where a row is one-hot
     in both models, and eager code's x / x is exactly 1, their difference keeps that.
     """
-    if not student[0].is_cuda:
-        return (0.0,) * 3
     batch, heads, length, dim = student[0].shape
     weight = 1.0 if case.reduction == "sum" else 1.0 / (batch * heads * length)
     scale = case.scale[1] if isinstance(case.scale, tuple) else case.scale
@@ -173,9 +178,7 @@ def probability_roundings(case: Case, student: Triple) -> tuple[float, ...]:
     return tuple(2**-22 * weight * x.double().norm().item() * factor for x in student)
 
 
-def check_outcome(
-    actual: Outcome, eager: Outcome, exact: Outcome, roundings: tuple[float, ...] = (0.0, 0.0, 0.0)
-) -> None:
+def check_outcome(actual: Outcome, eager: Outcome, exact: Outcome, roundings: tuple[float, ...] = NO_ROUNDINGS) -> None:
     assert_within_eager_error(actual.loss, eager.loss, exact.loss, floor=LOSS_FLOOR)
     largest = max(g.norm().item() for g in exact.gradients if g is not None)
     gradients = zip(actual.gradients, eager.gradients, exact.gradients, roundings, strict=True)
