@@ -98,7 +98,8 @@ def plot_curves(found: Losses, path: Path) -> None:
         below.plot(steps, [100 * apart_at(found, *pair, step) for step in steps], "o-", color=colour, label=label)
     above.set_ylabel("loss in nats, mean of 50 steps")
     below.set_ylabel("apart, %")
-    below.set_yscale("log")
+    below.set_yscale("symlog", linthresh=1e-5)  # 0 too
+    below.set_ylim(bottom=0)
     below.set_xlabel("step")
     for axis in (above, below):
         axis.legend(fontsize=8)

@@ -247,15 +247,22 @@ def test_the_findings_in_the_readme_are_the_tables() -> None:
     values = values_by_line(read_csv(ExperimentRow, RESULTS / "experiments.csv"))
     readme = (DOCUMENT.parent / "README.md").read_text(encoding="utf-8")
     told = readme.split("<!-- findings -->\n")[1].split("<!-- end of findings -->")[0]
-    layers, untrained = (LAYERS, 300), (LAYERS, 0)
+    layers, untrained = (WHOLE, LAYERS, 300), ("untrained", WHOLE, LAYERS, 0)
+    others = ("distilbert", "mobilebert", "mlm-kd", "tinybert", "embedding")
     lines = [
-        *((("untrained", WHOLE, *untrained), task) for task in ("stsb", "mean")),
-        *((("minilm", WHOLE, *layers), task) for task in ("stsb", "mean", "trec")),
+        *((line, task) for line in (untrained, ("minilm", *layers)) for task in ("stsb", "mean")),
         *((("teacher", "6x384", "", 0), task) for task in ("stsb", "mean")),
-        (("minilm + embedding", WHOLE, *layers), "mean"),
-        *((("embedding", WHOLE, *layers), task) for task in ("mean", "trec")),
-        *(((f"sentence-transformers, {distance}", WHOLE, *layers), "mean") for distance in ("cosine", "mse")),
+        *(((name, *layers), "mean") for name in others),
         (("untrained", HALF, PCA, 0), "stsb"),
         *(((name, HALF, start, 300), "stsb") for start in (PCA, SLICE) for name in ("minilm", "minilm + embedding")),
     ]
     assert sorted(re.findall(r"\d\d\.\d", told)) == sorted(f"{mean(values[line][task]):.1f}" for line, task in lines)
+
+
+def test_the_numbers_of_the_answers_are_those_of_the_tables() -> None:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    answers = document.split("## What they say")[1].split("\n## ")[0]
+    told = re.findall(r"\d\d\.\d(?: ± \d\.\d)?", answers)
+    cells = {cell.strip() for line in document.splitlines() if line.startswith("|") for cell in line.split("|")}
+    assert len(told) > 20
+    assert not [number for number in told if number not in cells | {cell.split(" ± ")[0] for cell in cells}]
