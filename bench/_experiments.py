@@ -125,12 +125,8 @@ COMPARISONS: dict[str, Comparison] = {
     "heads": Comparison(
         "A student of half the width and heads",
         (
-            *((UNTRAINED, FEWER, start, 0) for start in (SLICE, RANDOM)),
-            *(
-                (name, FEWER, start, 300)
-                for start in (SLICE, RANDOM)
-                for name in ("minilm-v2", "minilm-v2 + embedding")
-            ),
+            *((UNTRAINED, FEWER, start, 0) for start in (SLICE, PCA)),
+            *((f"minilm-v2{extra}", FEWER, start, 300) for start in (SLICE, PCA) for extra in ("", " + embedding")),
         ),
     ),
     "starts": Comparison(
