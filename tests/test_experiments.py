@@ -259,6 +259,26 @@ def test_the_findings_in_the_readme_are_the_tables() -> None:
     assert sorted(re.findall(r"\d\d\.\d", told)) == sorted(f"{mean(values[line][task]):.1f}" for line, task in lines)
 
 
+def test_the_rule_in_the_readme_is_what_stands_highest() -> None:
+    means = {
+        line: mean(found["mean"])
+        for line, found in values_by_line(read_csv(ExperimentRow, RESULTS / "experiments.csv")).items()
+    }
+
+    def best(table: str, student: str, steps: int) -> tuple[str, str]:
+        lines = [line for line in COMPARISONS[table].lines if line[1] == student and line[3] == steps and line in means]
+        assert len(lines) >= 3
+        system, _, start, _ = max(lines, key=means.__getitem__)
+        return system, start
+
+    assert best("starts", WHOLE, 300) == best("starts", WHOLE, 1000) == ("minilm", LAYERS)
+    assert best("starts", WHOLE, 0) == ("untrained", ENDS)
+    assert best("width", HALF, 300) == ("minilm + embedding", PCA)
+    assert best("heads", FEWER, 300) == ("minilm-v2 + embedding", PCA)
+    assert abs(means["minilm", WHOLE, LAYERS, 1000] - means["minilm", WHOLE, LAYERS, 300]) < 0.5
+    assert means["minilm", WHOLE, RANDOM, 1000] < means["minilm", WHOLE, LAYERS, 1000] - 5
+
+
 def test_the_numbers_of_the_answers_are_those_of_the_tables() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
     answers = document.split("## What they say")[1].split("\n## ")[0]
