@@ -27,7 +27,7 @@ def attention_loss(
         attend: for the teacher, where nothing is differentiated but the values.
         lse: of query, key and scale, with a gradient for both.
     """
-    relations, lengths, rows_of_all = case.relations, case.lengths, case.batch * case.heads
+    sides, lengths, rows_of_all = case.sides, case.lengths, case.batch * case.heads
     scale_t, scale_s = 1 / math.sqrt(case.d_t), 1 / math.sqrt(case.d_s)
 
     def rows(x_t: Tensor, y_t: Tensor, x_s: Tensor, y_s: Tensor) -> Tensor:
@@ -36,8 +36,7 @@ def attention_loss(
         return scale_t * _dot(x_t, o_tt) - scale_s * _dot(x_s, o_ts) - lse_t + lse(x_s, y_s, scale_s)
 
     def loss(teacher: Triple, student: Triple, mask: Tensor | None) -> Tensor:
-        index = [tuple("qkv".index(letter) for letter in relation) for relation in relations]
-        losses = torch.stack([rows(teacher[x], teacher[y], student[x], student[y]) for x, y in index]).sum(0)
+        losses = torch.stack([rows(teacher[x], teacher[y], student[x], student[y]) for x, y in sides]).sum(0)
         if mask is None:
             return losses.mean()
         weights = mask / (rows_of_all * torch.tensor(lengths, device=mask.device)[:, None])

@@ -57,6 +57,11 @@ class Case:
         """Allowed (row, key) pairs of one relation head, over the batch."""
         return sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
 
+    @property
+    def sides(self) -> list[tuple[int, int]]:
+        """Of each relation the places of its two sides in (q, k, v)."""
+        return [("qkv".index(name[0]), "qkv".index(name[1])) for name in self.relations]
+
     def __str__(self) -> str:
         sizes = f"B={self.batch} N={self.n} {self.heads} heads, d {self.d_t}/{self.d_s}, {self.dtype}"
         return f"{self.name}  {'+'.join(self.relations)}  {sizes}"

@@ -99,7 +99,7 @@ def _save_start(cell: Cell, teacher: str, folder: Path) -> None:
         named = [int(layer) for layer in STARTS[cell.start][1].split(",")] if cell.start in (LAYERS, ENDS) else None
         init: Init = "layers" if named else cell.start  # type: ignore[assignment]
         sizes = STUDENTS[cell.student]._asdict()
-        student = build_student(whole, num_layers=3, **sizes, init=init, teacher_layers=named, seed=cell.seed)
+        student = build_student(whole, **sizes, init=init, teacher_layers=named, seed=cell.seed)
     student.save_pretrained(folder)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
     if (sentences := sentence_files(teacher)) and student.config.hidden_size == whole.config.hidden_size:

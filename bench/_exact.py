@@ -45,8 +45,7 @@ def exact(case: Case, inputs: Inputs) -> Outcome:
             teacher = _piece(inputs.teacher, piece)
             student = tuple(x.requires_grad_() for x in _piece(inputs.student, piece))
             loss = torch.zeros_like(total)
-            for relation in case.relations:
-                x, y = ("qkv".index(letter) for letter in relation)
+            for x, y in case.sides:
                 tensors = teacher[x], teacher[y], student[x], student[y]
                 loss = loss + relation_kl(*tensors, causal=case.causal, reduction="sum", implementation="reference")
             loss = loss / (case.batch * case.heads * n)

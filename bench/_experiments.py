@@ -16,16 +16,16 @@ WHOLE, HALF, FEWER = "3x384", "3x192", "3x192, 6 heads"
 
 
 class Student(NamedTuple):
-    """Three layers, of the teacher's sizes where nothing else is said."""
+    """Of the teacher's sizes where nothing else is said."""
 
+    num_layers: int = 3
     hidden_size: int | None = None
     num_heads: int | None = None
 
     @property
     def flags(self) -> tuple[str, ...]:
         """Of minilm-train."""
-        sizes = {"num_layers": 3, **self._asdict()}
-        return tuple(str(word) for name, size in sizes.items() if size for word in (f"--student_{name}", size))
+        return tuple(str(word) for name, size in self._asdict().items() if size for word in (f"--student_{name}", size))
 
 
 STUDENTS = {WHOLE: Student(), HALF: Student(hidden_size=192), FEWER: Student(hidden_size=192, num_heads=6)}

@@ -59,20 +59,15 @@ def loop(case: Case, device: str) -> Loss:
 
     The lengths are known on the host here, which spares it a synchronisation for each sequence.
     """
-    lengths, relations, causal, heads = case.lengths, case.relations, case.causal, case.heads
-
-    def scores(x: Tensor, y: Tensor) -> Tensor:
-        scores = (x @ y.mT / math.sqrt(x.shape[-1])).float()
-        return _without_later(scores) if causal else scores
+    lengths, sides, causal, heads = case.lengths, case.sides, case.causal, case.heads
 
     def loss(teacher: Triple, student: Triple, mask: Tensor | None) -> Tensor:
         total = torch.zeros((), device=student[0].device)
-        for relation in relations:
-            x, y = ("qkv".index(letter) for letter in relation)
+        for x, y in sides:
             for b, n in enumerate(lengths):
                 with torch.no_grad():
-                    p = scores(teacher[x][b, :, :n], teacher[y][b, :, :n]).softmax(-1)
-                log_q = scores(student[x][b, :, :n], student[y][b, :, :n]).log_softmax(-1)
+                    p = _scores(teacher[x][b, :, :n], teacher[y][b, :, :n], causal).softmax(-1)
+                log_q = _scores(student[x][b, :, :n], student[y][b, :, :n], causal).log_softmax(-1)
                 total = total + F.kl_div(log_q, p, reduction="sum") / (heads * n)
         return total / len(lengths)
 
@@ -106,16 +101,14 @@ def liger(case: Case, device: str) -> Loss:
     from liger_kernel.transformers import LigerKLDIVLoss
 
     divergence = LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    relations, causal, n = case.relations, case.causal, case.n
+    sides, causal, n = case.sides, case.causal, case.n
 
     def log_softmax(x: Tensor, y: Tensor) -> Tensor:
-        scores = (x @ y.mT / math.sqrt(x.shape[-1])).float()
-        return (_without_later(scores) if causal else scores).log_softmax(-1).view(-1, n)
+        return _scores(x, y, causal).log_softmax(-1).view(-1, n)
 
     def loss(teacher: Triple, student: Triple, mask: Tensor | None) -> Tensor:
-        index = [tuple("qkv".index(letter) for letter in relation) for relation in relations]
         total = torch.zeros((), device=student[0].device)
-        for x, y in index:
+        for x, y in sides:
             with torch.no_grad():
                 log_p = log_softmax(teacher[x], teacher[y])
             total = total + divergence(log_softmax(student[x], student[y]), log_p)
@@ -124,7 +117,11 @@ def liger(case: Case, device: str) -> Loss:
     return loss
 
 
-def _without_later(scores: Tensor) -> Tensor:
+def _scores(x: Tensor, y: Tensor, causal: bool) -> Tensor:
+    """In float32, of one relation; where causal, without the keys that are later."""
+    scores = (x @ y.mT / math.sqrt(x.shape[-1])).float()
+    if not causal:
+        return scores
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill(later, torch.finfo(scores.dtype).min)
 
