@@ -33,7 +33,7 @@ def relation_losses(relations: list[Relations], implementation: str) -> tuple[Te
         relations = _filled(_rest(relations), [x.detach() for x in teacher], student)
     if has_gradient:
         return _RelationLosses.apply(relations, implementation, *student)  # type: ignore[no-untyped-call,no-any-return]
-    return weighted_total(relations, [_ops.FORWARD[implementation](*group, False)[0] for group in relations])
+    return weighted_total(relations, [_ops.forward(implementation, group, False)[0] for group in relations])
 
 
 def _no_transforms(implementation: str) -> RuntimeError:
@@ -46,7 +46,7 @@ def _no_transforms(implementation: str) -> RuntimeError:
 class _RelationLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, relations: list[Relations], implementation: str, *student: Tensor) -> tuple[Tensor, Tensor]:
-        results = [_ops.FORWARD[implementation](*group, True) for group in relations]
+        results = [_ops.forward(implementation, group, True) for group in relations]
         # A teacher under torch.inference_mode() cannot be saved, and needs not be: nobody changes it in place.
         teacher = _teacher(relations)
         unsaved = not torch.compiler.is_compiling() and any([x.is_inference() for x in teacher])
@@ -94,10 +94,10 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
         if compiling:
             dx, dy = _ops.BACKWARD[implementation](*group, *of_group, *prepared[i])
         else:  # none is left in a second backward
-            dx, dy = prepared[i] or _ops.FORWARD[implementation](*group, True)[3:]
+            dx, dy = prepared[i] or _ops.forward(implementation, group, True)[3:]
             dx = dx or [torch.empty_like(x) for x in group.x_s]
             dy = dy or [torch.empty_like(y) for y in group.y_s]
-            _ops.BACKWARD_IN_PLACE[implementation](*group, *of_group, dx, dy)
+            _ops.backward_(implementation, group, *of_group, dx, dy)
         gradients += [*dx, *dy]
     return gradients
 
