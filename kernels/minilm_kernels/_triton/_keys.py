@@ -8,12 +8,14 @@ Otherwise each row has a weight of any sign, given relative to the largest, `uni
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, row_gradients, shared_arguments
+from minilm_kernels._triton._launch import Launch, group, row_gradients, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
@@ -125,8 +127,8 @@ def _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at, row, REDUCES: 
 def key_launch(
     relations: Relations,
     problem: Problem,
-    lse_t: Tensor,
-    lse_s: Tensor,
+    lse_t: Sequence[Tensor],
+    lse_s: Sequence[Tensor],
     grad: Tensor,
     dx: list[Tensor],
     dy: list[Tensor],
@@ -141,8 +143,8 @@ def key_launch(
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
         "holes": relations.holes,
-        "lse_t": lse_argument(lse_t),
-        "lse_s": lse_argument(lse_s),
+        "lse_t": tuple(lse_t),
+        "lse_s": tuple(lse_s),
         "grad": grad,
         "unit": unit,
         "relation_weights": tuple(relations.relation_weights),

@@ -54,11 +54,6 @@ def row_weights(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x, *x.stride())
 
 
-def lse_argument(lse: Tensor) -> tuple[Any, ...] | None:
-    """Logarithms of the softmax sums (parts, G, B, R, N), parts apart. (Triton 3.6 takes no None inside a tuple.)"""
-    return (lse,) if lse.shape[0] == 1 else tuple(lse.unbind(0)) or None
-
-
 def shared_arguments(relations: Relations) -> dict[str, object]:
     """What all kernels with scores get, beside the constants."""
     return {

@@ -18,13 +18,15 @@ cancel where scores are in the hundreds.)
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments, value_buffer
+from minilm_kernels._triton._launch import Launch, group, shared_arguments, value_buffer
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     FLOOR,
@@ -200,7 +202,12 @@ def _weighted(o_t, o_d, ratio, l_t, l_s, p, q, shrink_t, shrink_s, tile_s, PRECI
 
 
 def row_launch(
-    relations: Relations, problem: Problem, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], shape: Tiles
+    relations: Relations,
+    problem: Problem,
+    lse_t: Sequence[Tensor],
+    lse_s: Sequence[Tensor],
+    dx: list[Tensor],
+    shape: Tiles,
 ) -> Launch:
     block_m, block_n, num_warps, num_stages, registers = shape
     programs, constants = sweep_grid(problem, block_m, block_n)
@@ -211,8 +218,8 @@ def row_launch(
         "y_s": group(relations.keys_s),
         "holes": relations.holes,
         "value": value_buffer(relations, problem, programs),
-        "lse_t": lse_argument(lse_t),
-        "lse_s": lse_argument(lse_s),
+        "lse_t": tuple(lse_t) or None,  # Triton 3.6 takes no None inside a tuple
+        "lse_s": tuple(lse_s) or None,
         "dx": group(dx),
         "REDUCES": problem.reduces,
         "WEIGHTED": problem.reduces and problem.weights_in_gradients,

@@ -13,13 +13,14 @@ G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a re
 """
 
 import math
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments
+from minilm_kernels._triton._launch import Launch, group, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
@@ -152,10 +153,12 @@ def _above(base, lse, low, token):
     return tl.where(token, lse - tl.load(base) + low, 0.0)
 
 
-def factor_launch(problem: Problem, lse_t: Tensor, lse_s: Tensor, bases: list[Tensor], factors: list[Tensor]) -> Launch:
+def factor_launch(
+    problem: Problem, lse_t: Sequence[Tensor], lse_s: Sequence[Tensor], bases: list[Tensor], factors: list[Tensor]
+) -> Launch:
     arguments = {
-        "lse_t": lse_argument(lse_t),
-        "lse_s": lse_argument(lse_s),
+        "lse_t": tuple(lse_t),
+        "lse_s": tuple(lse_s),
         "base_t": bases[0],
         "base_s": bases[1],
         "factor_t": factors[0],
@@ -168,8 +171,8 @@ def factor_launch(problem: Problem, lse_t: Tensor, lse_s: Tensor, bases: list[Te
 def self_launch(
     relations: Relations,
     problem: Problem,
-    lse_t: Tensor,
-    lse_s: Tensor,
+    lse_t: Sequence[Tensor],
+    lse_s: Sequence[Tensor],
     bases: list[Tensor],
     factors: list[Tensor],
     grad: Tensor,
@@ -182,8 +185,8 @@ def self_launch(
         **constants,
         **shared_arguments(relations),
         "holes": relations.holes,
-        "lse_t": lse_argument(lse_t),
-        "lse_s": lse_argument(lse_s),
+        "lse_t": tuple(lse_t),
+        "lse_s": tuple(lse_s),
         "bases": tuple(bases),
         "factors": tuple(factors),
         "grad": grad,

@@ -11,12 +11,14 @@ REDUCES: see `_keys`.
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S of a part.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, row_gradients, shared_arguments
+from minilm_kernels._triton._launch import Launch, group, row_gradients, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, output_dim, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
@@ -153,8 +155,8 @@ def _probabilities(scores, scale, lse, own, at, seen, AS_ROWS: tl.constexpr, AS_
 def wide_launches(
     relations: Relations,
     problem: Problem,
-    lse_t: Tensor,
-    lse_s: Tensor,
+    lse_t: Sequence[Tensor],
+    lse_s: Sequence[Tensor],
     grad: Tensor,
     dx: list[Tensor],
     dy: list[Tensor],
@@ -180,8 +182,8 @@ def wide_launches(
             "y_t": group(own.keys_t),
             "y_s": group(own.keys_s),
             "holes": own.holes,
-            "lse_t": lse_argument(lse_t),
-            "lse_s": lse_argument(lse_s),
+            "lse_t": tuple(lse_t),
+            "lse_s": tuple(lse_s),
             "grad": grad,
             "unit": unit,
             "relation_weights": tuple(own.relation_weights),
