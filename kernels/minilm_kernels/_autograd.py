@@ -58,11 +58,9 @@ class _RelationLosses(torch.autograd.Function):
         # A teacher under torch.inference_mode() cannot be saved, and needs not be: nobody changes it in place.
         unsaved = not torch.compiler.is_compiling() and any([x.is_inference() for x in teacher])
         ctx.teacher = teacher if unsaved else None
-        kept = [] if unsaved else teacher
-        ctx.save_for_backward(*student, *kept, *[x for _, lse_t, lse_s, *_ in results for x in (*lse_t, *lse_s)])
+        ctx.save_for_backward(*student, *([] if unsaved else teacher))
         ctx.rest, ctx.implementation = _rest(relations), implementation
-        ctx.lse_counts = [(len(lse_t), len(lse_s)) for _, lse_t, lse_s, *_ in results]
-        ctx.prepared = [result[3:] for result in results]
+        ctx.prepared = [result[1:] for result in results]
         total, values = weighted_total(relations, [result[0] for result in results])
         ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)  # else backward begins with zeros for them
@@ -94,23 +92,21 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
     """The gradients of the student's tensors. In eager mode they use up, in place, what the forward prepared."""
     implementation, saved = ctx.implementation, ctx.saved_tensors
     count = len(ctx.needs_input_grad) - len(_NO_GRADIENTS)
-    student, teacher = saved[:count], ctx.teacher or saved[count : 2 * count]
-    relations = _filled(ctx.rest, teacher, student)
-    compiling, watched, prepared = torch.compiler.is_compiling(), _ops.is_watched((grad, *student)), ctx.prepared
+    student, teacher = saved[:count], ctx.teacher or saved[count:]
+    relations, prepared = _filled(ctx.rest, teacher, student), ctx.prepared
+    compiling, watched = torch.compiler.is_compiling(), _ops.is_watched((grad, *student))
     if not compiling:
         ctx.prepared = [None] * len(relations)
     gradients: list[Tensor] = []
-    end = count if ctx.teacher else 2 * count
-    for group, of_group, (count_t, count_s) in zip(relations, prepared, ctx.lse_counts, strict=True):
-        start, middle, end = end, end + count_t, end + count_t + count_s
-        given = saved[start:middle], saved[middle:end], grad
+    for group, of_group in zip(relations, prepared, strict=True):
         if compiling:
-            dx, dy = _ops.BACKWARD[implementation](*group, *given, *of_group)
+            lse_t, lse_s, dx, dy = of_group
+            dx, dy = _ops.BACKWARD[implementation](*group, lse_t, lse_s, grad, dx, dy)
         else:  # none is left in a second backward
-            dx, dy = of_group or _ops.forward(implementation, watched, group, True)[3:]
+            lse_t, lse_s, dx, dy = of_group or _ops.forward(implementation, watched, group, True)[1:]
             dx = dx or [torch.empty_like(x) for x in group.x_s]
             dy = dy or [torch.empty_like(y) for y in group.y_s]
-            _ops.backward_(implementation, watched, group, *given, dx, dy)
+            _ops.backward_(implementation, watched, group, lse_t, lse_s, grad, dx, dy)
         gradients += [*dx, *dy]
     return gradients
 
@@ -138,7 +134,7 @@ def _filled(rest: Sequence[Rest], teacher: Sequence[Tensor], student: Sequence[T
     for x_count, y_count, fields in rest:
         middle, end = start + x_count, start + x_count + y_count
         sides = teacher[start:middle], teacher[middle:end], student[start:middle], student[middle:end]
-        relations.append(Relations(*sides, *fields))
+        relations.append(Relations._make((*sides, *fields)))
         start = end
     return relations
 

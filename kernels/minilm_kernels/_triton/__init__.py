@@ -35,9 +35,11 @@ def _buffers(
     on_chip = problem.structure == "resident"
     prepares = needs_gradient and problem.structure in ("resident", "cross")
     parts = problem.lse_parts if needs_gradient and not on_chip else 0
-    lse_t, lse_s = (
-        [relations.x_s[0].new_empty(problem.shape, dtype=torch.float32) for _ in range(parts)] for _ in range(2)
-    )
+    lse_t, lse_s = [], []
+    if parts:
+        first = relations.x_s[0].new_empty(problem.shape, dtype=torch.float32)
+        lse_t = [first, *[torch.empty_like(first) for _ in range(parts - 1)]]
+        lse_s = [torch.empty_like(first) for _ in range(parts)]
     dx = [torch.empty_like(x) for x in relations.x_s] if prepares else []
     dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and on_chip else []
     return lse_t, lse_s, dx, dy
@@ -52,7 +54,7 @@ def forward(relations: Relations, needs_gradient: bool) -> Outputs:
         shape = tiles("rows" if dx else "forward", problem, architecture(problem.device))
         launch = row_launch(relations, problem, lse_t, lse_s, dx, shape)
     launch.run(problem.device)
-    value = launch.arguments["value"]
+    value = launch.operands["value"]
     return value.sum(1) if problem.reduces else value, *buffers
 
 
@@ -73,8 +75,8 @@ def backward(
             groups = [dx + dy] if alike else [gradients for gradients in (dx, dy) if gradients]
             launches = [scale_launch(relations, problem, grad, gradients) for gradients in groups]
         case "self":
-            shapes = problem.shape[:3], problem.shape
-            bases, factors = ([grad.new_empty(shape, dtype=torch.float32) for _ in range(2)] for shape in shapes)
+            base = lse_t[0].new_empty(problem.shape[:3])
+            bases, factors = [base, torch.empty_like(base)], [torch.empty_like(lse_t[0]) for _ in range(2)]
             given = relations, problem, lse_t, lse_s, bases, factors, grad, dx
             launches = [
                 factor_launch(problem, lse_t, lse_s, bases, factors),

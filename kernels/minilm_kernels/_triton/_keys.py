@@ -9,13 +9,14 @@ G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a re
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, row_gradients, shared_arguments
+from minilm_kernels._triton._launch import Launch, Schedule, group, row_gradients, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
@@ -134,11 +135,8 @@ def key_launch(
     dy: list[Tensor],
     shape: Tiles,
 ) -> Launch:
-    block_m, block_n, num_warps, num_stages, registers = shape
-    programs, constants = sweep_grid(problem, block_n, block_m)
     grad, unit = row_gradients(problem, grad)
-    arguments = {
-        **constants,
+    operands = {
         **shared_arguments(relations),
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
@@ -150,9 +148,18 @@ def key_launch(
         "relation_weights": tuple(relations.relation_weights),
         "dx": group(dx),
         "dy": group(dy),
+    }
+    return Launch(_schedule(problem, shape), operands)
+
+
+@lru_cache(maxsize=1024)
+def _schedule(problem: Problem, shape: Tiles) -> Schedule:
+    block_m, block_n = shape[:2]
+    programs, constants = sweep_grid(problem, block_n, block_m)
+    constants = constants | {
         "REDUCES": problem.reduces,
         "WEIGHTED": problem.weights_in_gradients,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
-    return Launch(key_sweep, programs, arguments, num_warps, num_stages, registers)
+    return Schedule(key_sweep, programs, constants, *shape[2:])

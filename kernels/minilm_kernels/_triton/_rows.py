@@ -19,6 +19,7 @@ G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a re
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, shared_arguments, value_buffer
+from minilm_kernels._triton._launch import Launch, Schedule, group, shared_arguments, value_buffer
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     FLOOR,
@@ -209,22 +210,30 @@ def row_launch(
     dx: list[Tensor],
     shape: Tiles,
 ) -> Launch:
-    block_m, block_n, num_warps, num_stages, registers = shape
-    programs, constants = sweep_grid(problem, block_m, block_n)
-    arguments = {
-        **constants,
+    schedule = _schedule(problem, shape, bool(dx))
+    operands = {
         **shared_arguments(relations),
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
         "holes": relations.holes,
-        "value": value_buffer(relations, problem, programs),
+        "value": value_buffer(relations, problem, schedule.programs),
         "lse_t": tuple(lse_t) or None,  # Triton 3.6 takes no None inside a tuple
         "lse_s": tuple(lse_s) or None,
         "dx": group(dx),
+    }
+    return Launch(schedule, operands)
+
+
+@lru_cache(maxsize=1024)
+def _schedule(problem: Problem, shape: Tiles, with_gradient: bool) -> Schedule:
+    block_m, block_n = shape[:2]
+    programs, constants = sweep_grid(problem, block_m, block_n)
+    starts_from_own = not with_gradient or problem.dtype_s != torch.float16
+    constants = constants | {
         "REDUCES": problem.reduces,
         "WEIGHTED": problem.reduces and problem.weights_in_gradients,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "OWN_SCORE": problem.element_size == 2 and not problem.is_wide and (not dx or problem.dtype_s != torch.float16),
+        "OWN_SCORE": problem.element_size == 2 and not problem.is_wide and starts_from_own,
     }
-    return Launch(row_sweep, programs, arguments, num_warps, num_stages, registers)
+    return Schedule(row_sweep, programs, constants, *shape[2:])
