@@ -34,15 +34,13 @@ def _buffers(
     """lse_t, lse_s, dx, dy."""
     on_chip = problem.structure == "resident"
     prepares = needs_gradient and problem.structure in ("resident", "cross")
-    parts = problem.lse_parts if needs_gradient and not on_chip else 0
-    lse_t, lse_s = [], []
-    if parts:
+    lse, parts = [], problem.lse_parts
+    if needs_gradient and not on_chip:
         first = relations.x_s[0].new_empty(problem.shape, dtype=torch.float32)
-        lse_t = [first, *[torch.empty_like(first) for _ in range(parts - 1)]]
-        lse_s = [torch.empty_like(first) for _ in range(parts)]
+        lse = [first, *[torch.empty_like(first) for _ in range(2 * parts - 1)]]
     dx = [torch.empty_like(x) for x in relations.x_s] if prepares else []
     dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and on_chip else []
-    return lse_t, lse_s, dx, dy
+    return lse[:parts], lse[parts:], dx, dy
 
 
 def forward(relations: Relations, needs_gradient: bool) -> Outputs:

@@ -5,7 +5,8 @@ G relations, B batch, R relation heads, N tokens.
 
 import contextlib
 import math
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ LOG2_E = 1.4426950408889634
 _DIVISORS = {n: tl.constexpr(n) for n in (1, 2, 4, 8, 16)}
 
 
-class Schedule(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Schedule:
     """What all launches of a kernel over equal layouts share."""
 
     kernel: Any
@@ -29,7 +31,7 @@ class Schedule(NamedTuple):
     num_stages: int
     max_registers: int | None = None
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """What the compiler is told."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
