@@ -121,12 +121,12 @@ def _without_storage(argument: object) -> object:
 def compile_for(target: GPUTarget, call: Launch) -> CompiledKernel:
     """The kernel as Triton would compile it at this launch."""
     backend = make_backend(target)
-    options = call.options
-    bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
+    kernel, options = call.schedule.kernel, call.schedule.options
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     arguments = {name: _without_storage(value) for name, value in call.arguments.items()}
     bound, specialization, chosen = bind(**arguments, **options)
-    parsed, signature, constants, attributes = call.kernel._pack_args(backend, options, bound, specialization, chosen)
-    source = ASTSource(call.kernel, signature, constants, attributes)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, chosen)
+    source = ASTSource(kernel, signature, constants, attributes)
     return compile(source, target=target, options=parsed.__dict__)
 
 
@@ -135,9 +135,9 @@ def measure(name: str, variant: Variant) -> Row:
     call = launch(variant, {90: 90, 100: 100}.get(target.arch, 80))
     compiled = compile_for(target, call)
     constants = call.arguments
-    cap = f" r{call.max_registers}" if call.max_registers else ""
+    cap = f" r{call.schedule.max_registers}" if call.schedule.max_registers else ""
     tiles = [constants[block] for block in ("BLOCK_M", "BLOCK_N", "BLOCK") if block in constants]
-    elements = (tiles[0] * tiles[-1]) / (32 * call.num_warps)
+    elements = (tiles[0] * tiles[-1]) / (32 * call.schedule.num_warps)
     parts = [(constants[f"D_{side}"], constants[f"DIM_{side}"]) for side in "TS"]
     rounds = [-(-dim // held) for dim, held in parts if dim > held]
     code = _sass.read(compiled.asm["cubin"], elements, rounds) if target.backend == "cuda" else None
@@ -148,7 +148,7 @@ def measure(name: str, variant: Variant) -> Row:
         d_s=variant.d_s,
         dtype=str(variant.dtype).removeprefix("torch."),
         bounded=variant.bounded,
-        tiles="x".join(map(str, tiles)) + f" w{call.num_warps} s{call.num_stages}" + cap,
+        tiles="x".join(map(str, tiles)) + f" w{call.schedule.num_warps} s{call.schedule.num_stages}" + cap,
         registers=code.registers if code else None,
         spills=code.spills if code else None,
         shared_bytes=compiled.metadata.shared,

@@ -50,9 +50,12 @@ class Launches(NamedTuple):
 
     @classmethod
     def of(cls, launches: list[Launch], writes: dict[str, tuple[str, ...]]) -> "Launches":
-        own = [launch for launch in launches if launch.kernel.__name__ in writes]
+        own = [launch for launch in launches if launch.schedule.kernel.__name__ in writes]
         written = [
-            x for launch in own for name in writes[launch.kernel.__name__] for x in tensors_of(launch.arguments[name])
+            x
+            for launch in own
+            for name in writes[launch.schedule.kernel.__name__]
+            for x in tensors_of(launch.operands[name])
         ]
         return cls(own, written)
 
@@ -71,7 +74,7 @@ class _Bare(torch.autograd.Function):
         forward.run()
         ctx.save_for_backward(*student, *teacher)
         ctx.rest = backward, gradients
-        return torch.cat([launch.arguments["value"].sum(1) for launch in forward.launches]).sum()
+        return torch.cat([launch.operands["value"].sum(1) for launch in forward.launches]).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

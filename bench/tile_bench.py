@@ -120,7 +120,8 @@ def measure(kernel: str, case: Case, where: dict[str, Any]) -> list[Row]:
         ms = spills = registers = None
         try:
             ms = float(do_bench(partial(launch.run, device), rep=REP_MS, warmup=REP_MS / 3, return_mode="median"))
-            compiled = launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
+            schedule = launch.schedule
+            compiled = schedule.kernel[(schedule.programs,)](**launch.arguments, **schedule.options)
             spills, registers = compiled.n_spills, compiled.n_regs
         except OutOfResources:
             pass

@@ -513,7 +513,8 @@ def description(launch: Launch) -> Any:
     """All but the last scale: the row's weight, which depends on the batch."""
     arguments = {name: described(value) for name, value in launch.arguments.items()}
     *scales, _ = arguments.pop("scales", (None,))
-    return launch.kernel, launch.programs, launch.options, [scale and round(scale, 6) for scale in scales], arguments
+    kernel, programs, options = launch.schedule.kernel, launch.schedule.programs, launch.schedule.options
+    return kernel, programs, options, [scale and round(scale, 6) for scale in scales], arguments
 
 
 @pytest.mark.parametrize(("n", "kernels"), [(8, {"resident"}), (40, set(_launches.SWEEPS))])
@@ -545,7 +546,8 @@ def test_candidates_of_tiles_are_launched_as_asked() -> None:
         for shape in shapes:
             launch = _launches.make_launch(kernel, relations, 90, shape)
             assert (launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]) == shape[:2]
-            assert (launch.num_warps, launch.num_stages, launch.max_registers) == shape[2:]
+            schedule = launch.schedule
+            assert (schedule.num_warps, schedule.num_stages, schedule.max_registers) == shape[2:]
 
 
 def test_loss_bench_on_a_cpu(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from loss_cases import Case, Inputs, Outcome, build, evaluate
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -70,6 +71,37 @@ def test_opcheck(case: Case, fused: str, device: str) -> None:
         torch.library.opcheck(op, tree_map_only(Tensor, Tensor.detach, arguments))
         if op.name().endswith("backward_"):
             torch.library.opcheck(functional, tree_map_only(Tensor, Tensor.detach, arguments))
+
+
+def test_eager_code_does_not_pass_the_dispatcher(fused: str, device: str) -> None:
+    with torch.profiler.profile() as profiler:
+        evaluate(build(CASES[0], device), fused)
+    names = [event.key for event in profiler.key_averages()]
+    assert "aten::cat" in names
+    assert not [name for name in names if name.startswith("minilm_kernels::")]
+
+
+def test_fake_tensors_need_no_mode(fused: str, device: str) -> None:
+    inputs = build(CASES[0], device)
+    mode = FakeTensorMode()
+    teacher, student = ([mode.from_tensor(x) for x in xs] for xs in (inputs.teacher, inputs.student))
+    loss = fused_minilm_loss(teacher, [x.requires_grad_() for x in student], implementation=fused)
+    gradients = torch.autograd.grad(loss, student)
+    assert [type(x) for x in (loss, *gradients)] == [FakeTensor] * 4
+    assert [x.shape for x in gradients] == [x.shape for x in inputs.student]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_computes_with_the_tensors_that_it_gets(fused: str, device: str) -> None:
+    inputs = build(CASES[0], device)
+    others = tuple(2 * x for x in inputs.student)
+
+    def loss(*student: Tensor) -> Tensor:
+        return fused_minilm_loss(inputs.teacher, student, implementation=fused)
+
+    traced = torch.jit.trace(loss, inputs.student)
+    assert torch.equal(traced(*others), loss(*others))
+    assert not torch.equal(loss(*others), loss(*inputs.student))
 
 
 def compiled(backend: str, **options: Any) -> Callable[..., Tensor]:

@@ -19,21 +19,22 @@ def relation_losses(relations: list[Relations], implementation: str) -> tuple[Te
     """What `weighted_total` gives; the losses are detached."""
     if torch._C._are_functorch_transforms_active():
         raise _no_transforms(implementation)
-    student = _student(relations)
-    is_dual, compiling = forward_ad._current_level >= 0, torch.compiler.is_compiling()
+    student, teacher = _student(relations), _teacher(relations)
+    watched = _ops.is_watched(student + teacher)
+    is_dual = forward_ad._current_level >= 0
     if is_dual and any([forward_ad.unpack_dual(x).tangent is not None for x in student]):
         raise RuntimeError(
             f"implementation={implementation!r} has no forward-mode derivatives; they need implementation='reference'"
         )
     has_gradient = torch.is_grad_enabled() and any([x.requires_grad for x in student])
-    teacher = _teacher(relations)
-    if is_dual or compiling or any([x.requires_grad for x in teacher]):  # the teacher is constant
-        if compiling and has_gradient:  # dynamo takes no tensor twice, as in QK beside KK
+    if is_dual or watched or any([x.requires_grad for x in teacher]):  # the teacher is constant
+        teacher = [x.detach() for x in teacher]
+        if has_gradient and torch.compiler.is_compiling():  # dynamo takes no tensor twice, as in QK beside KK
             student = [x.view_as(x) for x in student]
-        relations = _filled(_rest(relations), [x.detach() for x in teacher], student)
+        relations = _filled(_rest(relations), teacher, student)
     if has_gradient:
-        return _RelationLosses.apply(relations, implementation, *student)  # type: ignore[no-untyped-call,no-any-return]
-    return weighted_total(relations, [_ops.FORWARD[implementation](*group, False)[0] for group in relations])
+        return _RelationLosses.apply(relations, teacher, implementation, watched, *student)  # type: ignore[no-untyped-call,no-any-return]
+    return weighted_total(relations, [_ops.forward(implementation, watched, group, False)[0] for group in relations])
 
 
 def _no_transforms(implementation: str) -> RuntimeError:
@@ -45,16 +46,21 @@ def _no_transforms(implementation: str) -> RuntimeError:
 
 class _RelationLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, relations: list[Relations], implementation: str, *student: Tensor) -> tuple[Tensor, Tensor]:
-        results = [_ops.FORWARD[implementation](*group, True) for group in relations]
+    def forward(
+        ctx: Any,
+        relations: list[Relations],
+        teacher: list[Tensor],  # of the relations
+        implementation: str,
+        watched: bool,  # see `_ops`
+        *student: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        results = [_ops.forward(implementation, watched, group, True) for group in relations]
         # A teacher under torch.inference_mode() cannot be saved, and needs not be: nobody changes it in place.
-        teacher = _teacher(relations)
         unsaved = not torch.compiler.is_compiling() and any([x.is_inference() for x in teacher])
         ctx.teacher = teacher if unsaved else None
-        kept = [] if ctx.teacher else teacher
-        ctx.save_for_backward(*student, *kept, *[lse for result in results for lse in result[1:3]])
+        ctx.save_for_backward(*student, *([] if unsaved else teacher))
         ctx.rest, ctx.implementation = _rest(relations), implementation
-        ctx.prepared = [result[3:] for result in results]
+        ctx.prepared = [result[1:] for result in results]
         total, values = weighted_total(relations, [result[0] for result in results])
         ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)  # else backward begins with zeros for them
@@ -67,12 +73,11 @@ class _RelationLosses(torch.autograd.Function):
         if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad):
             raise _no_transforms(ctx.implementation)
         if not torch.is_grad_enabled():
-            return None, None, *_gradients(ctx, grad)
+            return *_NO_GRADIENTS, *_gradients(ctx, grad)
         with torch.no_grad():  # create_graph=True
             gradients = _gradients(ctx, grad)
         return (
-            None,
-            None,
+            *_NO_GRADIENTS,
             *[
                 _NoSecondDerivative.apply(g, x, grad, ctx.implementation)  # type: ignore[no-untyped-call]
                 for g, x in zip(gradients, ctx.saved_tensors, strict=False)
@@ -80,24 +85,28 @@ class _RelationLosses(torch.autograd.Function):
         )
 
 
+_NO_GRADIENTS = (None,) * 4  # of what `_RelationLosses` gets before the student's tensors
+
+
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
     """The gradients of the student's tensors. In eager mode they use up, in place, what the forward prepared."""
-    implementation, saved, count = ctx.implementation, ctx.saved_tensors, len(ctx.needs_input_grad) - 2
-    student, lse = saved[:count], saved[-2 * len(ctx.rest) :]
-    relations = _filled(ctx.rest, ctx.teacher or saved[count : 2 * count], student)
-    compiling, prepared = torch.compiler.is_compiling(), ctx.prepared
+    implementation, saved = ctx.implementation, ctx.saved_tensors
+    count = len(ctx.needs_input_grad) - len(_NO_GRADIENTS)
+    student, teacher = saved[:count], ctx.teacher or saved[count:]
+    relations, prepared = _filled(ctx.rest, teacher, student), ctx.prepared
+    compiling, watched = torch.compiler.is_compiling(), _ops.is_watched((grad, *student))
     if not compiling:
         ctx.prepared = [None] * len(relations)
     gradients: list[Tensor] = []
-    for i, group in enumerate(relations):
-        of_group = lse[2 * i], lse[2 * i + 1], grad
+    for group, of_group in zip(relations, prepared, strict=True):
         if compiling:
-            dx, dy = _ops.BACKWARD[implementation](*group, *of_group, *prepared[i])
+            lse_t, lse_s, dx, dy = of_group
+            dx, dy = _ops.BACKWARD[implementation](*group, lse_t, lse_s, grad, dx, dy)
         else:  # none is left in a second backward
-            dx, dy = prepared[i] or _ops.FORWARD[implementation](*group, True)[3:]
+            lse_t, lse_s, dx, dy = of_group or _ops.forward(implementation, watched, group, True)[1:]
             dx = dx or [torch.empty_like(x) for x in group.x_s]
             dy = dy or [torch.empty_like(y) for y in group.y_s]
-            _ops.BACKWARD_IN_PLACE[implementation](*group, *of_group, dx, dy)
+            _ops.backward_(implementation, watched, group, lse_t, lse_s, grad, dx, dy)
         gradients += [*dx, *dy]
     return gradients
 
@@ -125,7 +134,7 @@ def _filled(rest: Sequence[Rest], teacher: Sequence[Tensor], student: Sequence[T
     for x_count, y_count, fields in rest:
         middle, end = start + x_count, start + x_count + y_count
         sides = teacher[start:middle], teacher[middle:end], student[start:middle], student[middle:end]
-        relations.append(Relations(*sides, *fields))
+        relations.append(Relations._make((*sides, *fields)))
         start = end
     return relations
 

@@ -18,22 +18,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minilm_kernels._relations import Relations
+from minilm_kernels._relations import Outputs, Relations
 
 MIN_ROWS = 64  # of a block, where packed sequences are shorter
 BLOCK_ELEMENTS = 1 << 18  # scores in a block: the fastest of 2^16 to 2^19 on two CPU cores
 
 
-def allocate(relations: Relations, needs_gradient: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+def allocate(relations: Relations, needs_gradient: bool) -> Outputs:
     """What `forward` returns, uninitialised: no lse, and all gradients where the row weights are known."""
     value = relations.value()
     if not (needs_gradient and relations.reduces):
-        return value, value.new_empty(0), value.new_empty(0), [], []
+        return value, [], [], [], []
     dx, dy = ([torch.empty_like(x) for x in xs] for xs in (relations.x_s, relations.y_s))
-    return value, value.new_empty(0), value.new_empty(0), dx, dy
+    return value, [], [], dx, dy
 
 
-def forward(relations: Relations, needs_gradient: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+def forward(relations: Relations, needs_gradient: bool) -> Outputs:
     outputs = allocate(relations, needs_gradient)
     value, _, _, dx, dy = outputs
     row_weight = _row_weight(relations)
@@ -47,8 +47,8 @@ def forward(relations: Relations, needs_gradient: bool) -> tuple[Tensor, Tensor,
 
 def backward(
     relations: Relations,
-    lse_t: Tensor,
-    lse_s: Tensor,
+    lse_t: list[Tensor],  # none
+    lse_s: list[Tensor],
     grad: Tensor,  # () where `reduces`, else (relations, B, R, N)
     dx: list[Tensor],
     dy: list[Tensor],

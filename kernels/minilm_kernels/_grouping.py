@@ -42,8 +42,7 @@ class Group(NamedTuple):
         x_t, y_t, x_s, y_s = zip(*[sides[member] for member in self.members], strict=True)
         if self.is_self:
             y_t = y_s = ()
-        bounds, holes, row_weight = masks
-        return Relations(x_t, y_t, x_s, y_s, bounds, holes, row_weight, *self.constants)
+        return Relations._make((x_t, y_t, x_s, y_s, *masks, *self.constants))
 
 
 class Grouping(NamedTuple):

@@ -200,14 +200,14 @@ def _losses(
         checks.check_choice("implementation", implementation, checks.IMPLEMENTATIONS)
     known, described = not torch.compiler.is_compiling(), []
     for (name, weight), tensors in zip(relations, sides, strict=True):
-        for x in tensors:
+        x_t, y_t, x_s, y_s = tensors
+        is_self = y_t is x_t and y_s is x_s
+        for x in (x_t, x_s) if is_self else tensors:
             if type(x) is not Tensor:
                 checks.check_tensors(name, tensors)
                 known = False  # of fake tensors the shapes may be symbols, which have no hash
             elif x.layout is not torch.strided or x.is_nested:
                 checks.check_tensors(name, tensors)
-        x_t, y_t, x_s, y_s = tensors
-        is_self = y_t is x_t and y_s is x_s
         x_t_layout, x_s_layout = layout(x_t), layout(x_s)
         layouts = x_t_layout, x_t_layout if is_self else layout(y_t), x_s_layout, x_s_layout if is_self else layout(y_s)
         described.append((name, weight, is_self, layouts))

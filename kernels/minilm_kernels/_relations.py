@@ -63,6 +63,7 @@ class Relations(NamedTuple):
         return self.x_s[0].new_empty(shape[:1] if self.reduces else shape, dtype=self.wide)
 
 
+Outputs = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # of the op `forward`, see `_ops`
 SCHEMA = (
     "Tensor[] x_t, Tensor[] y_t, Tensor[] x_s, Tensor[] y_s, Tensor? bounds, Tensor? holes, Tensor? row_weight, "
     "float weight, float[] relation_weights, float scale_t, float scale_s, bool symmetric, bool reduces"

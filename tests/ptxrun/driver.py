@@ -90,7 +90,8 @@ class Device:
         from minilm_kernels._triton import _launch, _plan
 
         def run(launch: _launch.Launch, device: torch.device) -> None:
-            self.launch(launch.kernel, launch.programs, launch.arguments, **launch.options)
+            schedule = launch.schedule
+            self.launch(schedule.kernel, schedule.programs, launch.arguments, **schedule.options)
 
         _launch.Launch.run = run
         _checks._triton_interprets = lambda: True

@@ -6,7 +6,7 @@ G relations, B batch, R relation heads, N tokens.
 import torch
 from torch import Tensor
 
-from minilm_kernels._relations import Relations
+from minilm_kernels._relations import Outputs, Relations
 from minilm_kernels._triton._keys import key_launch
 from minilm_kernels._triton._plan import (
     Problem,
@@ -21,8 +21,6 @@ from minilm_kernels._triton._rows import row_launch
 from minilm_kernels._triton._self import factor_launch, self_launch
 from minilm_kernels._triton._wide import wide_launches
 
-Outputs = tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]
-
 
 def allocate(relations: Relations, needs_gradient: bool) -> Outputs:
     """What `forward` returns, uninitialised; the shapes may be symbols."""
@@ -32,16 +30,17 @@ def allocate(relations: Relations, needs_gradient: bool) -> Outputs:
 
 def _buffers(
     relations: Relations, problem: Problem, needs_gradient: bool
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """lse_t, lse_s, dx, dy."""
     on_chip = problem.structure == "resident"
     prepares = needs_gradient and problem.structure in ("resident", "cross")
-    parts = problem.lse_parts if needs_gradient and not on_chip else 0
-    lse_t = relations.x_s[0].new_empty((parts, *problem.shape), dtype=torch.float32)
-    lse_s = torch.empty_like(lse_t)
+    lse, parts = [], problem.lse_parts
+    if needs_gradient and not on_chip:
+        first = relations.x_s[0].new_empty(problem.shape, dtype=torch.float32)
+        lse = [first, *[torch.empty_like(first) for _ in range(2 * parts - 1)]]
     dx = [torch.empty_like(x) for x in relations.x_s] if prepares else []
     dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and on_chip else []
-    return lse_t, lse_s, dx, dy
+    return lse[:parts], lse[parts:], dx, dy
 
 
 def forward(relations: Relations, needs_gradient: bool) -> Outputs:
@@ -53,14 +52,14 @@ def forward(relations: Relations, needs_gradient: bool) -> Outputs:
         shape = tiles("rows" if dx else "forward", problem, architecture(problem.device))
         launch = row_launch(relations, problem, lse_t, lse_s, dx, shape)
     launch.run(problem.device)
-    value = launch.arguments["value"]
+    value = launch.operands["value"]
     return value.sum(1) if problem.reduces else value, *buffers
 
 
 def backward(
     relations: Relations,
-    lse_t: Tensor,
-    lse_s: Tensor,
+    lse_t: list[Tensor],
+    lse_s: list[Tensor],
     grad: Tensor,  # () where `reduces`, else (G, B, R, N)
     dx: list[Tensor],
     dy: list[Tensor],
@@ -74,8 +73,8 @@ def backward(
             groups = [dx + dy] if alike else [gradients for gradients in (dx, dy) if gradients]
             launches = [scale_launch(relations, problem, grad, gradients) for gradients in groups]
         case "self":
-            shapes = problem.shape[:3], problem.shape
-            bases, factors = ([lse_t.new_empty(shape) for _ in range(2)] for shape in shapes)
+            base = lse_t[0].new_empty(problem.shape[:3])
+            bases, factors = [base, torch.empty_like(base)], [torch.empty_like(lse_t[0]) for _ in range(2)]
             given = relations, problem, lse_t, lse_s, bases, factors, grad, dx
             launches = [
                 factor_launch(problem, lse_t, lse_s, bases, factors),

@@ -8,12 +8,15 @@ Otherwise each row has a weight of any sign, given relative to the largest, `uni
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, row_gradients, shared_arguments
+from minilm_kernels._triton._launch import Launch, Schedule, group, row_gradients, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
@@ -125,32 +128,38 @@ def _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at, row, REDUCES: 
 def key_launch(
     relations: Relations,
     problem: Problem,
-    lse_t: Tensor,
-    lse_s: Tensor,
+    lse_t: Sequence[Tensor],
+    lse_s: Sequence[Tensor],
     grad: Tensor,
     dx: list[Tensor],
     dy: list[Tensor],
     shape: Tiles,
 ) -> Launch:
-    block_m, block_n, num_warps, num_stages, registers = shape
-    programs, constants = sweep_grid(problem, block_n, block_m)
     grad, unit = row_gradients(problem, grad)
-    arguments = {
-        **constants,
+    operands = {
         **shared_arguments(relations),
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
         "holes": relations.holes,
-        "lse_t": lse_argument(lse_t),
-        "lse_s": lse_argument(lse_s),
+        "lse_t": tuple(lse_t),
+        "lse_s": tuple(lse_s),
         "grad": grad,
         "unit": unit,
         "relation_weights": tuple(relations.relation_weights),
         "dx": group(dx),
         "dy": group(dy),
+    }
+    return Launch(_schedule(problem, shape), operands)
+
+
+@lru_cache(maxsize=1024)
+def _schedule(problem: Problem, shape: Tiles) -> Schedule:
+    block_m, block_n = shape[:2]
+    programs, constants = sweep_grid(problem, block_n, block_m)
+    constants = constants | {
         "REDUCES": problem.reduces,
         "WEIGHTED": problem.weights_in_gradients,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
-    return Launch(key_sweep, programs, arguments, num_warps, num_stages, registers)
+    return Schedule(key_sweep, programs, constants, *shape[2:])

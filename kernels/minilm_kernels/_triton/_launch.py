@@ -5,6 +5,8 @@ G relations, B batch, R relation heads, N tokens.
 
 import contextlib
 import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,45 +20,56 @@ LOG2_E = 1.4426950408889634
 _DIVISORS = {n: tl.constexpr(n) for n in (1, 2, 4, 8, 16)}
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """What all launches of a kernel over equal layouts share."""
+
     kernel: Any
     programs: int
-    arguments: dict[str, Any]
+    constants: dict[str, Any]
     num_warps: int
     num_stages: int
     max_registers: int | None = None
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """What the compiler is told."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return options | {"maxnreg": self.max_registers} if self.max_registers else options
 
+
+class Launch(NamedTuple):
+    schedule: Schedule
+    operands: dict[str, Any]  # tensors, and numbers that change from call to call
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.schedule.constants | self.operands
+
     def run(self, device: torch.device) -> None:
         """Triton launches on the current device, which need not be the tensors' own."""
+        schedule = self.schedule
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+            schedule.kernel[(schedule.programs,)](**schedule.constants, **self.operands, **schedule.options)
 
 
 def group(tensors: Any) -> tuple[Any, ...] | None:
-    """Tensors of equal strides as one kernel argument, see `_steps`.
+    """Tensors of equal strides as one kernel argument, see `_steps`."""
+    return (tuple(tensors), *_strides(tensors[0].stride())) if tensors else None
+
+
+@lru_cache(maxsize=1024)
+def _strides(strides: tuple[int, ...]) -> tuple[Any, ...]:
+    """The strides, and a power of two that divides all but the last.
 
     Triton itself asks only whether a stride is a multiple of 16. It would load each number of a head of 8 dimensions
     alone, and not ahead of its use.
     """
-    if not tensors:
-        return None
-    strides = tensors[0].stride()
-    return tuple(tensors), *strides, _DIVISORS[math.gcd(16, *strides[:3])]
+    return *strides, _DIVISORS[math.gcd(16, *strides[:3])]
 
 
 def row_weights(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x, *x.stride())
-
-
-def lse_argument(lse: Tensor) -> tuple[Any, ...] | None:
-    """Logarithms of the softmax sums (parts, G, B, R, N), parts apart. (Triton 3.6 takes no None inside a tuple.)"""
-    return (lse,) if lse.shape[0] == 1 else tuple(lse.unbind(0)) or None
 
 
 def shared_arguments(relations: Relations) -> dict[str, object]:

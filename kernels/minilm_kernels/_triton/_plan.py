@@ -47,11 +47,11 @@ class Problem:
             return "wide"
         return "self" if self.is_self and self.symmetric and self.reduces else "cross"
 
-    @property
+    @cached_property
     def is_wide(self) -> bool:
         return max(self.d_t, self.d_s) > HELD_DIM
 
-    @property
+    @cached_property
     def element_size(self) -> int:
         return max(self.dtype_t.itemsize, self.dtype_s.itemsize)
 
@@ -211,7 +211,6 @@ def tiles(kernel: str, problem: Problem, architecture: int) -> Tiles:
     return Tiles(64, 64, 4, 2)
 
 
-@lru_cache(maxsize=1024)
 def sweep_grid(problem: Problem, own: int, other: int) -> tuple[int, dict[str, Any]]:
     """Programs and constants of a sweep whose programs keep `own` tokens and meet tiles of `other` tokens."""
     count, batch, heads, length = problem.shape
@@ -219,7 +218,6 @@ def sweep_grid(problem: Problem, own: int, other: int) -> tuple[int, dict[str, A
     return programs, size_constants(problem) | {"FILLED": length >= other, "TAIL": max(16, other // 2)}
 
 
-@lru_cache(maxsize=1024)
 def size_constants(problem: Problem) -> dict[str, Any]:
     """The sizes and constants of every kernel that multiplies scores."""
     _, batch, heads, length = problem.shape

@@ -9,13 +9,14 @@ padded.
 """
 
 import math
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, row_weights, shared_arguments, value_buffer
+from minilm_kernels._triton._launch import Launch, Schedule, group, row_weights, shared_arguments, value_buffer
 from minilm_kernels._triton._plan import Problem, padded, resident_registers, size_constants
 from minilm_kernels._triton._steps import (
     FLOOR,
@@ -140,42 +141,57 @@ def scale_in_place(
 def resident_launch(
     relations: Relations, problem: Problem, dx: list[Tensor], dy: list[Tensor], programs: int, architecture: int
 ) -> Launch:
-    heads, block = math.prod(problem.shape[:3]), padded(problem.shape[3])
-    persistent = programs < heads
-    num_warps = max(1, block // (8 if problem.element_size > 2 else 16))
-    arguments = {
-        **size_constants(problem),
+    same_keys = relations.holes is not None and problem.symmetric
+    operands = {
         **shared_arguments(relations),
         "y_t": group(relations.y_t),
         "y_s": group(relations.y_s),
-        "heads": heads,
-        "value": value_buffer(relations, problem, heads),
+        "value": value_buffer(relations, problem, math.prod(problem.shape[:3])),
         "dx": group(dx),
         "dy": group(dy),
+    }
+    return Launch(_schedule(problem, same_keys, programs, architecture), operands)
+
+
+@lru_cache(maxsize=1024)
+def _schedule(problem: Problem, same_keys: bool, programs: int, architecture: int) -> Schedule:
+    heads, block = math.prod(problem.shape[:3]), padded(problem.shape[3])
+    persistent = programs < heads
+    num_warps = max(1, block // (8 if problem.element_size > 2 else 16))
+    constants = size_constants(problem) | {
+        "heads": heads,
         "PERSISTENT": persistent,
-        "SAME_KEYS": relations.holes is not None and problem.symmetric,
+        "SAME_KEYS": same_keys,
         "WEIGHTED": problem.weights_in_gradients,
         "WHOLE": problem.shape[3] == block,
         "BLOCK": block,
     }
     registers = resident_registers(architecture, problem.shape[3], max(problem.d_t, problem.d_s))
-    return Launch(resident, programs, arguments, num_warps, 3 if persistent else 1, registers)
+    return Schedule(resident, programs, constants, num_warps, 3 if persistent else 1, registers)
 
 
 def scale_launch(relations: Relations, problem: Problem, grad: Tensor, gradients: list[Tensor]) -> Launch:
     both = len(gradients) // problem.shape[0]  # dx and dy, or one of them
-    arguments = {
+    operands = {
         "gradients": group(gradients),
         "row_weight": row_weights(relations.row_weight),
         "grad": grad,
         "relation_weights": tuple(relations.relation_weights) * both,
         "weight": relations.weight,
-        "B": problem.shape[1],
-        "R": problem.shape[2],
-        "N": problem.shape[3],
+    }
+    return Launch(_scale_schedule(problem, both), operands)
+
+
+@lru_cache(maxsize=1024)
+def _scale_schedule(problem: Problem, both: int) -> Schedule:
+    _, batch, heads, length = problem.shape
+    constants = {
+        "B": batch,
+        "R": heads,
+        "N": length,
         "WEIGHTED": problem.weights_in_gradients,
         "D_S": problem.d_s,
         "DIM_S": padded(problem.d_s),
-        "BLOCK": padded(problem.shape[3]),
+        "BLOCK": padded(length),
     }
-    return Launch(scale_in_place, math.prod(problem.shape[:3]) * both, arguments, 4, 1)
+    return Schedule(scale_in_place, math.prod(problem.shape[:3]) * both, constants, 4, 1)

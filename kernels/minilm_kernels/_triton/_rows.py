@@ -18,13 +18,16 @@ cancel where scores are in the hundreds.)
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments, value_buffer
+from minilm_kernels._triton._launch import Launch, Schedule, group, shared_arguments, value_buffer
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     FLOOR,
@@ -200,24 +203,37 @@ def _weighted(o_t, o_d, ratio, l_t, l_s, p, q, shrink_t, shrink_s, tile_s, PRECI
 
 
 def row_launch(
-    relations: Relations, problem: Problem, lse_t: Tensor, lse_s: Tensor, dx: list[Tensor], shape: Tiles
+    relations: Relations,
+    problem: Problem,
+    lse_t: Sequence[Tensor],
+    lse_s: Sequence[Tensor],
+    dx: list[Tensor],
+    shape: Tiles,
 ) -> Launch:
-    block_m, block_n, num_warps, num_stages, registers = shape
-    programs, constants = sweep_grid(problem, block_m, block_n)
-    arguments = {
-        **constants,
+    schedule = _schedule(problem, shape, bool(dx))
+    operands = {
         **shared_arguments(relations),
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
         "holes": relations.holes,
-        "value": value_buffer(relations, problem, programs),
-        "lse_t": lse_argument(lse_t),
-        "lse_s": lse_argument(lse_s),
+        "value": value_buffer(relations, problem, schedule.programs),
+        "lse_t": tuple(lse_t) or None,  # Triton 3.6 takes no None inside a tuple
+        "lse_s": tuple(lse_s) or None,
         "dx": group(dx),
+    }
+    return Launch(schedule, operands)
+
+
+@lru_cache(maxsize=1024)
+def _schedule(problem: Problem, shape: Tiles, with_gradient: bool) -> Schedule:
+    block_m, block_n = shape[:2]
+    programs, constants = sweep_grid(problem, block_m, block_n)
+    starts_from_own = not with_gradient or problem.dtype_s != torch.float16
+    constants = constants | {
         "REDUCES": problem.reduces,
         "WEIGHTED": problem.reduces and problem.weights_in_gradients,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "OWN_SCORE": problem.element_size == 2 and not problem.is_wide and (not dx or problem.dtype_s != torch.float16),
+        "OWN_SCORE": problem.element_size == 2 and not problem.is_wide and starts_from_own,
     }
-    return Launch(row_sweep, programs, arguments, num_warps, num_stages, registers)
+    return Schedule(row_sweep, programs, constants, *shape[2:])

@@ -13,13 +13,15 @@ G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a re
 """
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, shared_arguments
+from minilm_kernels._triton._launch import Launch, Schedule, group, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
@@ -152,44 +154,52 @@ def _above(base, lse, low, token):
     return tl.where(token, lse - tl.load(base) + low, 0.0)
 
 
-def factor_launch(problem: Problem, lse_t: Tensor, lse_s: Tensor, bases: list[Tensor], factors: list[Tensor]) -> Launch:
-    arguments = {
-        "lse_t": lse_argument(lse_t),
-        "lse_s": lse_argument(lse_s),
+def factor_launch(
+    problem: Problem, lse_t: Sequence[Tensor], lse_s: Sequence[Tensor], bases: list[Tensor], factors: list[Tensor]
+) -> Launch:
+    operands = {
+        "lse_t": tuple(lse_t),
+        "lse_s": tuple(lse_s),
         "base_t": bases[0],
         "base_s": bases[1],
         "factor_t": factors[0],
         "factor_s": factors[1],
-        "N": problem.shape[3],
     }
-    return Launch(key_factors, math.prod(problem.shape[:3]), arguments, 4, 1)
+    return Launch(_factor_schedule(problem), operands)
+
+
+@lru_cache(maxsize=1024)
+def _factor_schedule(problem: Problem) -> Schedule:
+    return Schedule(key_factors, math.prod(problem.shape[:3]), {"N": problem.shape[3]}, 4, 1)
 
 
 def self_launch(
     relations: Relations,
     problem: Problem,
-    lse_t: Tensor,
-    lse_s: Tensor,
+    lse_t: Sequence[Tensor],
+    lse_s: Sequence[Tensor],
     bases: list[Tensor],
     factors: list[Tensor],
     grad: Tensor,
     dx: list[Tensor],
     shape: Tiles,
 ) -> Launch:
-    block_m, block_n, num_warps, num_stages, registers = shape
-    programs, constants = sweep_grid(problem, block_m, block_n)
-    arguments = {
-        **constants,
+    operands = {
         **shared_arguments(relations),
         "holes": relations.holes,
-        "lse_t": lse_argument(lse_t),
-        "lse_s": lse_argument(lse_s),
+        "lse_t": tuple(lse_t),
+        "lse_s": tuple(lse_s),
         "bases": tuple(bases),
         "factors": tuple(factors),
         "grad": grad,
         "relation_weights": tuple(relations.relation_weights),
         "dx": group(dx),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
     }
-    return Launch(self_sweep, programs, arguments, num_warps, num_stages, registers)
+    return Launch(_self_schedule(problem, shape), operands)
+
+
+@lru_cache(maxsize=1024)
+def _self_schedule(problem: Problem, shape: Tiles) -> Schedule:
+    block_m, block_n = shape[:2]
+    programs, constants = sweep_grid(problem, block_m, block_n)
+    return Schedule(self_sweep, programs, constants | {"BLOCK_M": block_m, "BLOCK_N": block_n}, *shape[2:])

@@ -11,12 +11,15 @@ REDUCES: see `_keys`.
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S of a part.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilm_kernels._relations import Relations
-from minilm_kernels._triton._launch import Launch, group, lse_argument, row_gradients, shared_arguments
+from minilm_kernels._triton._launch import Launch, Schedule, group, row_gradients, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, output_dim, sweep_grid
 from minilm_kernels._triton._steps import (
     head_pointer,
@@ -153,8 +156,8 @@ def _probabilities(scores, scale, lse, own, at, seen, AS_ROWS: tl.constexpr, AS_
 def wide_launches(
     relations: Relations,
     problem: Problem,
-    lse_t: Tensor,
-    lse_s: Tensor,
+    lse_t: Sequence[Tensor],
+    lse_s: Sequence[Tensor],
     grad: Tensor,
     dx: list[Tensor],
     dy: list[Tensor],
@@ -168,32 +171,37 @@ def wide_launches(
         sweeps = [(relations, dx, (True, True), False)]
     else:
         sweeps = [(relations, dx, (True, False), False), (relations, dx, (False, True), True)]
-    block_m, block_n, num_warps, num_stages, registers = shape
-    out = output_dim(problem)
-    tiles, constants = sweep_grid(problem, block_m, block_n)
     grad, unit = row_gradients(problem, grad)
     launches = []
     for own, gradients, (as_rows, as_keys), adds in sweeps:
-        arguments = {
-            **constants,
+        operands = {
             **shared_arguments(own),
             "y_t": group(own.keys_t),
             "y_s": group(own.keys_s),
             "holes": own.holes,
-            "lse_t": lse_argument(lse_t),
-            "lse_s": lse_argument(lse_s),
+            "lse_t": tuple(lse_t),
+            "lse_s": tuple(lse_s),
             "grad": grad,
             "unit": unit,
             "relation_weights": tuple(own.relation_weights),
             "gradient": group(gradients),
-            "AS_ROWS": as_rows,
-            "AS_KEYS": as_keys,
-            "ADDS": adds,
-            "REDUCES": problem.reduces,
-            "OUT": out,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
         }
-        programs = tiles * triton.cdiv(problem.d_s, out)
-        launches.append(Launch(wide_sweep, programs, arguments, num_warps, num_stages, registers))
+        launches.append(Launch(_schedule(problem, shape, as_rows, as_keys, adds), operands))
     return launches
+
+
+@lru_cache(maxsize=1024)
+def _schedule(problem: Problem, shape: Tiles, as_rows: bool, as_keys: bool, adds: bool) -> Schedule:
+    block_m, block_n = shape[:2]
+    out = output_dim(problem)
+    programs, constants = sweep_grid(problem, block_m, block_n)
+    constants = constants | {
+        "AS_ROWS": as_rows,
+        "AS_KEYS": as_keys,
+        "ADDS": adds,
+        "REDUCES": problem.reduces,
+        "OUT": out,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    return Schedule(wide_sweep, programs * triton.cdiv(problem.d_s, out), constants, *shape[2:])
