@@ -36,9 +36,8 @@ def _buffers(
     """lse_t, lse_s, dx, dy."""
     on_chip = problem.structure == "resident"
     prepares = needs_gradient and problem.structure in ("resident", "cross")
-    parts = problem.lse_parts if needs_gradient and not on_chip else 0
-    lse_t = relations.x_s[0].new_empty((parts, *problem.shape), dtype=torch.float32)
-    lse_s = torch.empty_like(lse_t)
+    parts = problem.lse_parts if needs_gradient and not on_chip else (0, 0)
+    lse_t, lse_s = (relations.x_s[0].new_empty((n, *problem.shape), dtype=torch.float32) for n in parts)
     dx = [torch.empty_like(x) for x in relations.x_s] if prepares else []
     dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and on_chip else []
     return lse_t, lse_s, dx, dy

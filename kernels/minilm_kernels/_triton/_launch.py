@@ -55,7 +55,7 @@ def row_weights(x: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def lse_argument(lse: Tensor) -> tuple[Any, ...] | None:
-    """Logarithms of the softmax sums (parts, G, B, R, N), parts apart. (Triton 3.6 takes no None inside a tuple.)"""
+    """What `store_lse` stores (parts, G, B, R, N), parts apart. (Triton 3.6 takes no None inside a tuple.)"""
     return (lse,) if lse.shape[0] == 1 else tuple(lse.unbind(0)) or None
 
 
