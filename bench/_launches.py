@@ -67,7 +67,7 @@ def make_launch(kernel: str, relations: Relations, architecture: int, shape: Til
         return torch.full(sizes, LSE, device=problem.device)
 
     shape = shape or pinned_tiles(kernel, relations, architecture)
-    lse_t, lse_s = ([numbers(*problem.shape) for _ in range(problem.lse_parts)] for _ in range(2))
+    lse_t, lse_s = ([numbers(*problem.shape) for _ in range(parts)] for parts in problem.lse_parts)
     if kernel == "forward":
         return row_launch(relations, problem, lse_t, lse_s, [], shape)
     if kernel == "rows":

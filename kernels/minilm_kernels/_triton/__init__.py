@@ -34,13 +34,13 @@ def _buffers(
     """lse_t, lse_s, dx, dy."""
     on_chip = problem.structure == "resident"
     prepares = needs_gradient and problem.structure in ("resident", "cross")
-    lse, parts = [], problem.lse_parts
+    lse, (parts_t, parts_s) = [], problem.lse_parts
     if needs_gradient and not on_chip:
         first = relations.x_s[0].new_empty(problem.shape, dtype=torch.float32)
-        lse = [first, *[torch.empty_like(first) for _ in range(2 * parts - 1)]]
+        lse = [first, *[torch.empty_like(first) for _ in range(parts_t + parts_s - 1)]]
     dx = [torch.empty_like(x) for x in relations.x_s] if prepares else []
     dy = [torch.empty_like(y) for y in relations.y_s] if needs_gradient and on_chip else []
-    return lse[:parts], lse[parts:], dx, dy
+    return lse[:parts_t], lse[parts_t:], dx, dy
 
 
 def forward(relations: Relations, needs_gradient: bool) -> Outputs:

@@ -1,6 +1,6 @@
 """Sweep over the rows that see a block of keys: dY, and the last factor of dX.
 
-    G_ij = Q_ij − P_ij = 2^(s_ij − lse_S,i) − 2^(t_ij − lse_T,i),   dY_j = scale_S Σ_i w_i G_ij x_S,i
+    G_ij = Q_ij − P_ij,   dY_j = scale_S Σ_i w_i G_ij x_S,i
     dX_i is there, up to the gradient of the loss or the row weights; a self relation has dX + dY as its gradient
 REDUCES: w is equal along a sequence and leaves the sum (inside it would push a float16 G below its smallest number).
 Otherwise each row has a weight of any sign, given relative to the largest, `unit`.
@@ -74,21 +74,20 @@ def key_sweep(
     key_s = load_tokens(y_s, head_pointer(y_s, relation, batch, head), n, token, D_S, DIM_S, BLOCK_N)
     row_t, row_s = head_pointer(x_t, relation, batch, head), head_pointer(x_s, relation, batch, head)
     at = ((relation * B + batch) * R + head).to(tl.int64) * N
-    SCALED: tl.constexpr = len(lse_t) == 1  # see `probability`
     sums = tl.zeros([BLOCK_N, DIM_S], tl.float32)
 
     for m in range(start, full, BLOCK_M):
         t, s, tile_s = scores(
-            key_t, key_s, token, y_t, y_s, x_t, x_s, row_t, row_s, m, None, first, end, scales,
-            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_N, BLOCK_M,
+            key_t, key_s, token, y_t, y_s, x_t, x_s, row_t, row_s, m, None, first, end,
+            D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_N, BLOCK_M,
         )  # fmt: skip
         at_m = at + (m + tl.arange(0, BLOCK_M))
         sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, None, REDUCES, PRECISION)
     for m in range(full, last, TAIL):
         row = is_token(bounds, holes, batch, m, last, B, N, TAIL)
         t, s, tile_s = scores(
-            key_t, key_s, token, y_t, y_s, x_t, x_s, row_t, row_s, m, row, first, end, scales,
-            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_N, TAIL,
+            key_t, key_s, token, y_t, y_s, x_t, x_s, row_t, row_s, m, row, first, end,
+            D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_N, TAIL,
         )  # fmt: skip
         at_m = at + (m + tl.arange(0, TAIL))
         sums = _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at_m, row, REDUCES, PRECISION)
@@ -116,10 +115,8 @@ def key_sweep(
 @triton.jit
 def _add_rows(sums, t, s, tile_s, lse_t, lse_s, grad, scales, at, row, REDUCES: tl.constexpr, PRECISION: tl.constexpr):
     """The sums after one more tile of products; row is None where all keys see all rows of the tile."""
-    high_t, low_t = load_lse(lse_t, at, row)
-    high_s, low_s = load_lse(lse_s, at, row)
-    g = probability(s, scales[1], lse_s, high_s, low_s, 0)
-    g -= probability(t, scales[0], lse_t, high_t, low_t, 0)
+    g = probability(s, scales[1], load_lse(lse_s, at, row), 0)
+    g -= probability(t, scales[0], load_lse(lse_t, at, row), 0)
     if not REDUCES:
         g *= load(grad + at, row)[None, :]
     return tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)

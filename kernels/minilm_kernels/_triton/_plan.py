@@ -56,9 +56,11 @@ class Problem:
         return max(self.dtype_t.itemsize, self.dtype_s.itemsize)
 
     @cached_property
-    def lse_parts(self) -> int:
-        """Numbers that hold the logarithm of a softmax sum: in float32 one would round away what eager code keeps."""
-        return 2 if self.element_size > 2 else 1
+    def lse_parts(self) -> tuple[int, int]:
+        """Numbers of a row that make the teacher's and the student's probabilities of its scores, see `store_lse`."""
+        if self.element_size > 2:
+            return 2, 2
+        return (2, 1) if self.is_self else (1, 1)
 
 
 def problem_fields(relations: Relations) -> tuple[Any, ...]:

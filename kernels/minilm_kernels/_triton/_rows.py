@@ -58,7 +58,7 @@ def row_sweep(
     holes,  # (B,) or None
     row_weight,  # (pointer, strides) of (B, N), or None
     value,  # REDUCES: (programs,), Σ weight · KL of each; else (G, B, R, N)
-    lse_t,  # (m + log2 l,) or (m, log2 l), each (G, B, R, N), or None
+    lse_t,  # references and factors, each (G, B, R, N), see `store_lse`; or None
     lse_s,
     dx,  # of G tensors (B, R, N, D_S), or None
     scales,  # scale_t log2 e, scale_s log2 e, scale_s, weight
@@ -98,8 +98,8 @@ def row_sweep(
 
     for n in range(start, full, BLOCK_N):
         t, s, tile_s = scores(
-            query_t, query_s, token, x_t, x_s, y_t, y_s, key_t, key_s, n, None, first, end, scales,
-            False, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, BLOCK_N,
+            query_t, query_s, token, x_t, x_s, y_t, y_s, key_t, key_s, n, None, first, end,
+            D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if OWN_SCORE:
             l_t, l_s, a, o_t, o_d, ratio = _update(
@@ -107,7 +107,7 @@ def row_sweep(
             )
         else:
             m_t, m_s, l_t, l_s, a, o_t, o_d, ratio = _online_update(
-                m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse_t, dx, PRECISION
+                m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION
             )
     if OWN_SCORE:
         within = (full > start) & (tl.maximum(tl.max(l_t, 0), tl.max(l_s, 0)) <= HEADROOM)
@@ -118,11 +118,11 @@ def row_sweep(
     for n in range(full, last, TAIL):
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
         t, s, tile_s = scores(
-            query_t, query_s, token, x_t, x_s, y_t, y_s, key_t, key_s, n, key, first, end, scales,
-            False, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, TAIL,
+            query_t, query_s, token, x_t, x_s, y_t, y_s, key_t, key_s, n, key, first, end,
+            D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, TAIL,
         )  # fmt: skip
         m_t, m_s, l_t, l_s, a, o_t, o_d, ratio = _online_update(
-            m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse_t, dx, PRECISION
+            m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION
         )
 
     l_t, l_s = tl.where(token, l_t, 1.0), tl.where(token, l_s, 1.0)
@@ -134,8 +134,7 @@ def row_sweep(
     else:
         tl.store(value + at, kl, mask=inside)
     if lse_t is not None:
-        store_lse(lse_t, at, token, inside, m_t, l_t)
-        store_lse(lse_s, at, token, inside, m_s, l_s)
+        store_lse(lse_t, lse_s, at, token, inside, m_t, m_s, l_t, l_s, dx is None)
     if dx is not None:
         gradient = (o_d / l_s[:, None] + o_t * (ratio / l_s - 1.0 / l_t)[:, None]) * scales[2]
         if WEIGHTED:
@@ -152,7 +151,7 @@ def _row_products(x, y):
 @triton.jit
 def _update(m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION: tl.constexpr):
     """The sums after one more tile of products, where the references stay."""
-    t, s = t * scales[0] - m_t[:, None], s * scales[1] - m_s[:, None]
+    t, s = tl.fma(t, scales[0], -m_t[:, None]), tl.fma(s, scales[1], -m_s[:, None])  # as in `exponential`
     p, q = tl.exp2(t), tl.exp2(s)
     l_t, l_s, a = l_t + tl.sum(p, 1), l_s + tl.sum(q, 1), a + tl.sum(p * (t - s), 1)
     if dx is not None:
@@ -161,19 +160,14 @@ def _update(m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PR
 
 
 @triton.jit
-def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, lse, dx, PRECISION: tl.constexpr):
+def _online_update(m_t, m_s, l_t, l_s, a, o_t, o_d, ratio, t, s, scales, tile_s, dx, PRECISION: tl.constexpr):
     """The running sums after one more tile of products; their scale is applied where it costs nothing.
 
     Two sums instead of one of p (t − s): that would hold both tiles of scores in registers beside p, and spill.
     """
     new_t, new_s = tl.maximum(m_t, tl.max(t, 1) * scales[0]), tl.maximum(m_s, tl.max(s, 1) * scales[1])
     shrink_t, shrink_s = tl.exp2(m_t - new_t), tl.exp2(m_s - new_s)
-    if lse is None:
-        t, s = t * scales[0] - new_t[:, None], s * scales[1] - new_s[:, None]
-    elif len(lse) == 2:  # rounded once by name, as in `probability`
-        t, s = tl.fma(t, scales[0], -new_t[:, None]), tl.fma(s, scales[1], -new_s[:, None])
-    else:
-        t, s = t * scales[0] - new_t[:, None], s * scales[1] - new_s[:, None]
+    t, s = tl.fma(t, scales[0], -new_t[:, None]), tl.fma(s, scales[1], -new_s[:, None])  # as in `exponential`
     p, q = tl.exp2(t), tl.exp2(s)
     a = (a - l_t * ((new_t - m_t) - (new_s - m_s))) * shrink_t + (tl.sum(p * t, 1) - tl.sum(p * s, 1))
     l_t = l_t * shrink_t + tl.sum(p, 1)

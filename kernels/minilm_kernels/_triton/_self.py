@@ -3,11 +3,11 @@
 The scores are symmetric, s_ij = s_ji, so that with weights equal along a sequence
 
     dX_i = w_i scale_S Σ_j (Q_ij + Q_ji − P_ij − P_ji) x_j
-    P_ij + P_ji = 2^(t_ij − lse_i) (1 + 2^(lse_i − lse_j)) = e_ij (1 + a_i b_j)
-    a_i = 2^(lse_i − c),   b_j = 2^(c − lse_j)
-and likewise Q: two exponentials an element instead of four. c is the smallest lse of the head, so that no b overflows.
-Tiles with a row whose lse is more than HEADROOM above c compute all four; in the others what e_ij or b_j lose by
-underflow is below 2^(HEADROOM − 126) of a probability.
+    P_ij = f_i 2^(t_ij − m_i),   P_ij + P_ji = 2^(t_ij − m_i) (f_i + 2^(m_i − m_j) f_j) = e_ij (f_i + a_i b_j)
+    a_i = 2^(m_i − c),   b_j = f_j 2^(c − m_j)
+and likewise Q: two exponentials an element instead of four. References m and factors f are those of `store_lse`. c is
+the smallest m of the head, so that no b overflows. Tiles with a row whose m is more than HEADROOM above c compute all
+four; in the others what e_ij or b_j lose by underflow is below 2^(HEADROOM − 126) of a probability.
 
 G relations, B batch, R relation heads, N tokens, D_T and D_S dimensions of a relation head, DIM_T and DIM_S padded.
 """
@@ -24,9 +24,11 @@ from minilm_kernels._relations import Relations
 from minilm_kernels._triton._launch import Launch, Schedule, group, shared_arguments
 from minilm_kernels._triton._plan import Problem, Tiles, sweep_grid
 from minilm_kernels._triton._steps import (
+    exponential,
     head_pointer,
     is_token,
     load_lse,
+    load_own_lse,
     load_tokens,
     pick,
     probability,
@@ -58,18 +60,17 @@ def key_factors(
 @triton.jit
 def _key_factors(lse, base, factor, N):
     head = tl.program_id(0).to(tl.int64)
-    lowest = tl.full([SCAN], float("inf"), tl.float32)  # where there is no token, as lse is
+    lowest = tl.full([SCAN], float("inf"), tl.float32)  # where there is no token, as references are
     for n in range(0, N, SCAN):
         offs = n + tl.arange(0, SCAN)
-        high, low = load_lse(lse, head * N + offs, offs < N)
-        lowest = tl.minimum(lowest, tl.where(offs < N, high + low, float("inf")))
+        lowest = tl.minimum(lowest, tl.load(lse[0] + head * N + offs, mask=offs < N, other=float("inf")))
     c = tl.min(lowest, 0)
     c = tl.where(c < float("inf"), c, 0.0)
     tl.store(base + head, c)
     for n in range(0, N, SCAN):
         offs = n + tl.arange(0, SCAN)
-        high, low = load_lse(lse, head * N + offs, offs < N)
-        tl.store(factor + head * N + offs, tl.exp2(tl.where(offs < N, c - high - low, 0.0)), mask=offs < N)
+        reference, own = load_lse(lse, head * N + offs, offs < N)
+        tl.store(factor + head * N + offs, own * tl.exp2(c - reference), mask=offs < N)
 
 
 @triton.jit
@@ -109,37 +110,32 @@ def self_sweep(
     query_s = load_tokens(x_s, row_s, m, token, D_S, DIM_S, BLOCK_M)
     which = ((relation * B + batch) * R + head).to(tl.int64)
     at = which * N
-    own_t, low_t = load_lse(lse_t, at + offs_m, token)
-    own_s, low_s = load_lse(lse_s, at + offs_m, token)
-    above_t, above_s = _above(bases[0] + which, own_t, low_t, token), _above(bases[1] + which, own_s, low_s, token)
+    own_lse_t, own_lse_s = load_own_lse(lse_t, lse_s, at + offs_m, token)
+    above_t, above_s = _above(bases[0] + which, own_lse_t, token), _above(bases[1] + which, own_lse_s, token)
     full = tl.where(tl.maximum(tl.max(above_t, 0), tl.max(above_s, 0)) <= HEADROOM, full, start)
     a_t, a_s = tl.exp2(tl.minimum(above_t, HEADROOM)), tl.exp2(tl.minimum(above_s, HEADROOM))
-    SCALED: tl.constexpr = len(lse_t) == 1  # see `probability`
     sums = tl.zeros([BLOCK_M, DIM_S], tl.float32)
 
     for n in range(start, full, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         t, s, tile_s = scores(
-            query_t, query_s, token, x_t, x_s, x_t, x_s, row_t, row_s, n, None, first, end, scales,
-            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, BLOCK_N,
+            query_t, query_s, token, x_t, x_s, x_t, x_s, row_t, row_s, n, None, first, end,
+            D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         b_t, b_s = tl.load(factors[0] + at + offs_n), tl.load(factors[1] + at + offs_n)
-        g = probability(s, scales[1], lse_s, own_s, low_s, 1) * (1.0 + a_s[:, None] * b_s[None, :])
-        g -= probability(t, scales[0], lse_t, own_t, low_t, 1) * (1.0 + a_t[:, None] * b_t[None, :])
+        g = exponential(s, scales[1], own_lse_s[0], 1) * (own_lse_s[1][:, None] + a_s[:, None] * b_s[None, :])
+        g -= exponential(t, scales[0], own_lse_t[0], 1) * (own_lse_t[1][:, None] + a_t[:, None] * b_t[None, :])
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
     for n in range(full, last, TAIL):
         offs_n = n + tl.arange(0, TAIL)
         key = is_token(bounds, holes, batch, n, last, B, N, TAIL)
         t, s, tile_s = scores(
-            query_t, query_s, token, x_t, x_s, x_t, x_s, row_t, row_s, n, key, first, end, scales,
-            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, TAIL,
+            query_t, query_s, token, x_t, x_s, x_t, x_s, row_t, row_s, n, key, first, end,
+            D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, TAIL,
         )  # fmt: skip
-        key_t, key_low_t = load_lse(lse_t, at + offs_n, key)
-        key_s, key_low_s = load_lse(lse_s, at + offs_n, key)
-        g = probability(s, scales[1], lse_s, own_s, low_s, 1)
-        g -= probability(t, scales[0], lse_t, own_t, low_t, 1)
-        g += probability(s, scales[1], lse_s, key_s, key_low_s, 0)
-        g -= probability(t, scales[0], lse_t, key_t, key_low_t, 0)
+        g = probability(s, scales[1], own_lse_s, 1) - probability(t, scales[0], own_lse_t, 1)
+        g += probability(s, scales[1], load_lse(lse_s, at + offs_n, key), 0)
+        g -= probability(t, scales[0], load_lse(lse_t, at + offs_n, key), 0)
         sums = tl.dot(g.to(tile_s.dtype), tile_s, sums, input_precision=PRECISION)
 
     factor = weight_of(row_weight, scales[3], batch, m, offs_m < N, BLOCK_M) * scales[2]
@@ -149,9 +145,9 @@ def self_sweep(
 
 
 @triton.jit
-def _above(base, lse, low, token):
-    """How far the lse of the tokens lie above the smallest of their head."""
-    return tl.where(token, lse - tl.load(base) + low, 0.0)
+def _above(base, lse, token):
+    """How far the references of the tokens lie above the smallest of their head."""
+    return tl.where(token, lse[0] - tl.load(base), 0.0)
 
 
 def factor_launch(

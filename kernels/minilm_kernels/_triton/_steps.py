@@ -150,26 +150,45 @@ def log2_ratio(a, b):
 
 
 @triton.jit
-def store_lse(lse, offs, token, inside, m, total):
-    """Logarithm of a softmax sum: m + log2 total, or both apart where lse is a pair; inf where there is no token."""
-    if len(lse) == 1:
-        tl.store(lse[0] + offs, tl.where(token, m + tl.log2(total), float("inf")), mask=inside)
+def store_lse(lse_t, lse_s, offs, token, inside, m_t, m_s, l_t, l_s, SQUARED: tl.constexpr):
+    """References and factors (see `probability`) of rows whose sums relative to m are l.
+
+    Two numbers of each model are m and 1 / l. A lone reference is m + log2 l, rounded, and what that adds multiplies P
+    and Q by two numbers near 1. A factor of the teacher alone is their ratio, so that Q − P is exact up to one of them.
+    It is squared for sweeps that add G_ij + G_ji and have no registers for the factor of row i: on the diagonal, where
+    rows are one-hot, the square in one of the two serves both. References are inf where there is no token.
+    """
+    if len(lse_s) == 2:
+        reference_t, reference_s = m_t, m_s
+        tl.store(lse_t[1] + offs, 1.0 / l_t, mask=inside)
+        tl.store(lse_s[1] + offs, 1.0 / l_s, mask=inside)
     else:
-        tl.store(lse[0] + offs, tl.where(token, m, float("inf")), mask=inside)
-        tl.store(lse[1] + offs, tl.where(token, tl.log2(total), 0.0), mask=inside)
+        reference_t, reference_s = m_t + tl.log2(l_t), m_s + tl.log2(l_s)
+        if len(lse_t) == 2:
+            factor = (tl.exp2(reference_t - m_t) / l_t) / (tl.exp2(reference_s - m_s) / l_s)
+            tl.store(lse_t[1] + offs, factor * factor if SQUARED else factor, mask=inside)
+    tl.store(lse_t[0] + offs, tl.where(token, reference_t, float("inf")), mask=inside)
+    tl.store(lse_s[0] + offs, tl.where(token, reference_s, float("inf")), mask=inside)
 
 
 @triton.jit
 def load_lse(lse, offs, token):
-    """The two parts of the logarithms of softmax sums, where `token` (None: all).
-
-    The second is 0 where they are stored as one number.
-    """
-    high = load(lse[0] + offs, token)
+    """References and factors of rows where `token` (None: all); factors of 1 where none are stored."""
+    reference = load(lse[0] + offs, token)
     if len(lse) == 1:
-        return high, tl.zeros_like(high)
+        return reference, tl.zeros_like(reference) + 1.0
     else:
-        return high, load(lse[1] + offs, token)
+        return reference, load(lse[1] + offs, token)
+
+
+@triton.jit
+def load_own_lse(lse_t, lse_s, offs, token):
+    """`load_lse` of both models, of rows that stay through a main loop: without a factor of the teacher alone."""
+    if len(lse_s) == 2:
+        return load_lse(lse_t, offs, token), load_lse(lse_s, offs, token)
+    else:
+        own_t, own_s = load(lse_t[0] + offs, token), load(lse_s[0] + offs, token)
+        return (own_t, tl.zeros_like(own_t) + 1.0), (own_s, tl.zeros_like(own_s) + 1.0)
 
 
 @triton.jit
@@ -209,14 +228,14 @@ def products(
 
 @triton.jit
 def scores(
-    own_t, own_s, own_token, x_t, x_s, y_t, y_s, base_t, base_s, start, token, first, end, scales,
-    SCALED: tl.constexpr, D_T: tl.constexpr, D_S: tl.constexpr, DIM_T: tl.constexpr, DIM_S: tl.constexpr,
+    own_t, own_s, own_token, x_t, x_s, y_t, y_s, base_t, base_s, start, token, first, end,
+    D_T: tl.constexpr, D_S: tl.constexpr, DIM_T: tl.constexpr, DIM_S: tl.constexpr,
     PRECISION: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a program's own `tokens` of x with a tile of others of y from `start` on, and that tile of the student.
+    """Products of a program's own `tokens` of x with a tile of others of y from `start` on, and the student's tile.
 
     token is None where each own token sees the whole tile; else FLOOR stands where an other is not `token` or lies
-    outside first..end. Where not SCALED the scores are bare products.
+    outside first..end.
     """
     tile_t = tokens(y_t, base_t, start, token, D_T, DIM_T, BLOCK)
     tile_s = tokens(y_s, base_s, start, token, D_S, DIM_S, BLOCK)
@@ -225,29 +244,24 @@ def scores(
         offs = start + tl.arange(0, BLOCK)
         allowed = token[None, :] & (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
     t = products(own_t, tile_t, x_t, y_t, own_token, token, D_T, DIM_T, PRECISION, OWN, BLOCK)
-    t = _score(t, scales[0], allowed, SCALED)
+    if allowed is not None:
+        t = tl.where(allowed, t, FLOOR)
     s = products(own_s, tile_s, x_s, y_s, own_token, token, D_S, DIM_S, PRECISION, OWN, BLOCK)
-    s = _score(s, scales[1], allowed, SCALED)
+    if allowed is not None:
+        s = tl.where(allowed, s, FLOOR)
     return t, s, tile_s
 
 
 @triton.jit
-def _score(product, scale, allowed, SCALED: tl.constexpr):
-    if SCALED:
-        product = product * scale
-    if allowed is not None:
-        product = tl.where(allowed, product, FLOOR)
-    return product
+def exponential(products, scale, reference, AXIS: tl.constexpr):
+    """2^(score − reference), the reference along the other axis.
+
+    The score is rounded once, relative to the reference: by name, so that all sweeps and their tails agree.
+    """
+    return tl.exp2(tl.fma(products, scale, -tl.expand_dims(reference, AXIS)))
 
 
 @triton.jit
-def probability(scores, scale, lse, high, low, AXIS: tl.constexpr):
-    """2^(scores − lse), lse along the other axis, of SCALED scores where lse is one number and of products where two.
-
-    Two parts hold what the forward's one rounding of a score leaves. So the scale waits for the subtraction, and scores
-    are rounded once here too. They are subtracted in two steps, else their sum would round.
-    """
-    if len(lse) == 1:
-        return tl.exp2(scores - tl.expand_dims(high, AXIS))
-    else:
-        return tl.exp2(tl.fma(scores, scale, -tl.expand_dims(high, AXIS)) - tl.expand_dims(low, AXIS))
+def probability(products, scale, lse, AXIS: tl.constexpr):
+    """factor · 2^(score − reference), lse what `load_lse` gives of the rows, along the other axis."""
+    return exponential(products, scale, lse[0], AXIS) * tl.expand_dims(lse[1], AXIS)

@@ -1,6 +1,6 @@
 """Sweep for a gradient of heads too wide to hold: their dimensions are read in parts, and written in parts.
 
-    G_ij = Q_ij − P_ij = 2^(s_ij − lse_S,i) − 2^(t_ij − lse_T,i)
+    G_ij = Q_ij − P_ij
     as rows, dX_i = w_i scale_S Σ_j G_ij y_j;   as keys, dY_j = scale_S Σ_i w_i G_ij x_i
 The own tokens of a program are rows, or keys, or both: a self relation whose scores are symmetric has
 dX_i = w_i scale_S Σ_j (G_ij + G_ji) x_j. Scores accumulate over parts of the dimensions. A program makes OUT dimensions
@@ -26,6 +26,7 @@ from minilm_kernels._triton._steps import (
     is_token,
     load,
     load_lse,
+    load_own_lse,
     load_tokens,
     pick,
     probability,
@@ -82,14 +83,13 @@ def wide_sweep(
     own_s = tokens(x_s, head_pointer(x_s, relation, batch, head), m, token, D_S, DIM_S, BLOCK_M)
     base_t, base_s = head_pointer(y_t, relation, batch, head), head_pointer(y_s, relation, batch, head)
     at = ((relation * B + batch) * R + head).to(tl.int64) * N
-    own_lse_t, own_lse_s = load_lse(lse_t, at + offs_m, token), load_lse(lse_s, at + offs_m, token)
-    SCALED: tl.constexpr = len(lse_t) == 1  # see `probability`
+    own_lse_t, own_lse_s = load_own_lse(lse_t, lse_s, at + offs_m, token)
     sums = tl.zeros([BLOCK_M, OUT], tl.float32)
 
     for n in tl.range(start, full, BLOCK_N, disable_licm=True):  # as in `resident`
         t, s, _ = scores(
-            own_t, own_s, token, x_t, x_s, y_t, y_s, base_t, base_s, n, None, first, end, scales,
-            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, BLOCK_N,
+            own_t, own_s, token, x_t, x_s, y_t, y_s, base_t, base_s, n, None, first, end,
+            D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         g = _differences(
             t, s, own_lse_t, own_lse_s, lse_t, lse_s, grad, scales, at + (n + tl.arange(0, BLOCK_N)), None,
@@ -100,8 +100,8 @@ def wide_sweep(
     for n in range(full, last, TAIL):
         seen = is_token(bounds, holes, batch, n, last, B, N, TAIL)
         t, s, _ = scores(
-            own_t, own_s, token, x_t, x_s, y_t, y_s, base_t, base_s, n, seen, first, end, scales,
-            SCALED, D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, TAIL,
+            own_t, own_s, token, x_t, x_s, y_t, y_s, base_t, base_s, n, seen, first, end,
+            D_T, D_S, DIM_T, DIM_S, PRECISION, BLOCK_M, TAIL,
         )  # fmt: skip
         g = _differences(
             t, s, own_lse_t, own_lse_s, lse_t, lse_s, grad, scales, at + (n + tl.arange(0, TAIL)), seen,
@@ -139,12 +139,11 @@ def _differences(
 
 
 @triton.jit
-def _probabilities(scores, scale, lse, own, at, seen, AS_ROWS: tl.constexpr, AS_KEYS: tl.constexpr):
+def _probabilities(products, scale, lse, own, at, seen, AS_ROWS: tl.constexpr, AS_KEYS: tl.constexpr):
     if AS_KEYS:
-        high, low = load_lse(lse, at, seen)
-        as_keys = probability(scores, scale, lse, high, low, 0)
+        as_keys = probability(products, scale, load_lse(lse, at, seen), 0)
     if AS_ROWS:
-        as_rows = probability(scores, scale, lse, own[0], own[1], 1)
+        as_rows = probability(products, scale, own, 1)
     if AS_ROWS and AS_KEYS:
         return as_rows + as_keys
     elif AS_ROWS:
