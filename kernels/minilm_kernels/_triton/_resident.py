@@ -169,7 +169,7 @@ def scale_launch(relations: Relations, problem: Problem, grad: Tensor, gradients
         "row_weight": row_weights(relations.row_weight),
         "grad": grad,
         "relation_weights": tuple(relations.relation_weights) * both,
-        "weight": relations.weight,
+        "weight": relations.weight * relations.gradient_scales[1],
         "B": problem.shape[1],
         "R": problem.shape[2],
         "N": problem.shape[3],

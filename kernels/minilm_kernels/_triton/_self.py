@@ -180,7 +180,7 @@ def self_launch(
     programs, constants = sweep_grid(problem, block_m, block_n)
     arguments = {
         **constants,
-        **shared_arguments(relations),
+        **shared_arguments(relations, completes=True),
         "holes": relations.holes,
         "lse_t": lse_argument(lse_t),
         "lse_s": lse_argument(lse_s),
