@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Everything that a GPU machine is needed for, in one command: tests, benchmarks, profile.
+"""Everything that a GPU machine is needed for, in one command: tests, sanitizer, benchmarks, profile.
 
     python bench/run_gpu.py --out DIR                 all parts
     python bench/run_gpu.py --out DIR --part bench    one; each ends within nine minutes
 
-tests: the loss's tests on the GPU. bench: loss_bench.py. step: step_bench.py and truncation_bench.py. profile: Nsight
-Compute over the kernels. Rows and plots go into bench/results/, where new rows replace old ones. Copies of them and a
-log of each part go into DIR. The project need not be installed: its sources are found beside this file.
+tests: the loss's tests on the GPU. sanitize: compute-sanitizer's memcheck and racecheck over the kernels' tests. bench:
+loss_bench.py. step: step_bench.py and truncation_bench.py. profile: Nsight Compute over the kernels. Rows and plots go
+into bench/results/, where new rows replace old ones. Copies of them and a log of each part go into DIR. The project
+need not be installed: its sources are found beside this file.
 """
 
 import importlib.util
@@ -27,7 +28,19 @@ from _results import RESULTS, ROOT, device_slug
 
 PART_SECONDS = 530  # a part is ended then, whatever it does
 MEASURE_SECONDS = 450  # a benchmark starts nothing new after this
-PARTS = ("tests", "bench", "step", "profile")
+PARTS = ("tests", "sanitize", "bench", "step", "profile")
+NEEDS = {  # of the parts that PyTorch alone does not bring: the tool, and what is left undone without it
+    "sanitize": ("compute-sanitizer", "no kernel was checked"),
+    "profile": ("ncu", "no kernel was profiled"),
+}
+# Without pyproject.toml's options, which need pytest-xdist, and without pytest-benchmark, which before 5.3 warns beside
+# workers; warnings are errors here.
+PYTEST = ("-m", "pytest", "-q", "-ra", "-o", "addopts=", "-p", "no:benchmark")
+SANITIZED = (
+    "test_loss_on_chip.py",
+    "test_loss_masks.py",
+    "test_loss_packed.py",
+)  # all structures and patterns, few tokens
 NCU = ("ncu", "--profile-from-start", "off", "--clock-control", "none", "--set", "detailed", "--force-overwrite")
 
 
@@ -40,10 +53,13 @@ def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
         # Natively on CUDA where there is one, and most of the time is the compiler's, on the CPU.
         workers = str(min(16, os.cpu_count() or 1))
         parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
-        # Without pyproject.toml's options, which need pytest-xdist, and without pytest-benchmark, which before 5.3
-        # warns beside workers; warnings are errors here.
-        plain = ["-q", "-ra", "-o", "addopts=", "-p", "no:benchmark"]
-        return [[python, "-m", "pytest", *plain, *parallel, *sorted(map(str, files))]]
+        return [[python, *PYTEST, *parallel, *sorted(map(str, files))]]
+    if part == "sanitize":
+        # A tensor that has memory of its own shows what is read beside it; of the cached blocks of PyTorch it does not.
+        test = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", python, *PYTEST, "-k", "not reference and not chunked"]
+        test += [str(ROOT / "tests" / name) for name in SANITIZED]
+        check = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all", "--tool"]
+        return [[*check, tool, *test] for tool in ("memcheck", "racecheck")]
     if part == "bench":
         return [[python, str(bench / "loss_bench.py"), *options]]
     if part == "step":
@@ -61,8 +77,9 @@ def commands(part: str, out: Path, commit: str | None) -> list[list[str]]:
 
 def run_part(part: str, out: Path, commit: str | None) -> bool:
     """Whether all of its commands ended with 0; their output goes to the terminal and to DIR/<part>.log."""
-    if part == "profile" and shutil.which("ncu") is None:
-        print("profile: ncu (Nsight Compute) was not found on this machine; no kernel was profiled")
+    tool, undone = NEEDS.get(part, (None, ""))
+    if tool and shutil.which(tool) is None:
+        print(f"{part}: {tool} was not found on this machine; {undone}")
         return True
     deadline = time.monotonic() + PART_SECONDS
     with (out / f"{part}.log").open("w") as log:

@@ -1,6 +1,7 @@
 """What all tests share: Triton's interpreter where there is no GPU, and fixtures of the loss and the command line."""
 
 import gc
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,20 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub, and asking in vain takes many seconds
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other make gradcheck four times slower
+
+if importlib.util.find_spec("hypothesis"):  # which a GPU machine may lack
+    from hypothesis import HealthCheck, Phase, settings
+
+    settings.register_profile(
+        "short", max_examples=40, derandomize=True, deadline=None, database=None,
+        phases=[Phase.explicit, Phase.generate],  # to find a smaller case takes minutes
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )  # fmt: skip
+    settings.register_profile(
+        "long", settings.get_profile("short"), max_examples=5000, derandomize=False,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    )  # fmt: skip
+    settings.load_profile("short")
 
 
 def pytest_collection_finish() -> None:

@@ -131,8 +131,14 @@ def lay_out(tensors: Triple, layout: str) -> Triple:
             )
         case "expanded":  # one head for all of them, a stride of 0
             return tuple(x[:, :1].expand_as(x) for x in tensors)
+        case "one token":  # for all of them
+            return tuple(x[:, :, :1].expand_as(x) for x in tensors)
+        case "one sequence":
+            return tuple(x[:1].expand_as(x) for x in tensors)
+        case "overlapping":  # token i + 1 is token i without its first number, and one more
+            return tuple(x.flatten(2)[..., : x.shape[2] + x.shape[3] - 1].unfold(2, x.shape[3], 1) for x in tensors)
         case "far apart":  # a stride that needs 64 bits, of a batch of one
-            return tuple(x.as_strided(x.shape, (2**33, *x.stride()[1:])) for x in tensors)
+            return tuple(x.as_strided(x.shape, (2**33, *x.stride()[1:])) if len(x) == 1 else x for x in tensors)
         case "mixed":
             return tensors[0], *lay_out(tensors, "tokens first")[1:2], *lay_out(tensors, "every other")[2:]
     raise ValueError(layout)

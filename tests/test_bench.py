@@ -678,6 +678,8 @@ def test_run_gpu_runs_files_that_exist(tmp_path: Path) -> None:
     [tests] = run_gpu.commands("tests", tmp_path, None)
     assert len(tests) > 8
     assert "addopts=" in tests  # a GPU machine may lack the plugin that pyproject.toml's options need
+    memcheck, racecheck = run_gpu.commands("sanitize", tmp_path, None)
+    assert [command[command.index("--tool") + 1] for command in (memcheck, racecheck)] == ["memcheck", "racecheck"]
     assert run_gpu.commands("bench", tmp_path, "abc")[0][-2:] == ["--commit", "abc"]
     assert run_gpu.MEASURE_SECONDS < run_gpu.PART_SECONDS < 9 * 60
 
@@ -694,12 +696,14 @@ def test_run_gpu_logs_and_ends_commands(capsys: pytest.CaptureFixture[str]) -> N
     assert "killed, after at most 1 s" in capsys.readouterr().out
 
 
-def test_run_gpu_without_ncu_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", run_gpu.NEEDS)
+def test_run_gpu_says_which_tool_is_not_there(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_gpu.shutil, "which", lambda name: None)
-    assert run_gpu.run_part("profile", tmp_path, None)
-    assert "no kernel was profiled" in capsys.readouterr().out
+    assert run_gpu.run_part(part, tmp_path, None)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == f"{part}: {run_gpu.NEEDS[part][0]} was not found on this machine; {run_gpu.NEEDS[part][1]}"
 
 
 def test_run_gpu_copies_this_devices_results(tmp_path: Path) -> None:

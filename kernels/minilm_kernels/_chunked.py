@@ -36,9 +36,9 @@ def allocate(relations: Relations, needs_gradient: bool) -> Outputs:
 def forward(relations: Relations, needs_gradient: bool) -> Outputs:
     outputs = allocate(relations, needs_gradient)
     value, _, _, dx, dy = outputs
-    row_weight = _row_weight(relations)
+    row_weight, (scale, _) = _row_weight(relations), relations.gradient_scales
     for i in range(len(relations.x_s)):
-        rows, gradients = _sweep(relations, i, True, bool(dx), None)
+        rows, gradients = _sweep(relations, i, True, bool(dx), None, scale)
         value[i] = (rows * row_weight).sum() if relations.reduces else rows
         for prepared, gradient in zip((dx, dy), gradients, strict=False):
             prepared[i].copy_(gradient * row_weight.unsqueeze(3) if relations.weights_in_gradients else gradient)
@@ -57,12 +57,14 @@ def backward(
     for i, relation_weight in enumerate(relations.relation_weights):
         of_relation = [gradients[i] for gradients in (dx, dy) if gradients]
         if not relations.reduces:
-            for output, gradient in zip(of_relation, _sweep(relations, i, False, True, grad[i])[1], strict=True):
+            for output, gradient in zip(
+                of_relation, _sweep(relations, i, False, True, grad[i], relations.scale_s)[1], strict=True
+            ):
                 output.copy_(gradient)
             continue
         factor = grad * relation_weight
         if not relations.weights_in_gradients:
-            factor = (factor * _row_weight(relations)).unsqueeze(3)
+            factor = (factor * relations.gradient_scales[1] * _row_weight(relations)).unsqueeze(3)
         for prepared in of_relation:
             prepared.copy_(prepared * factor)
 
@@ -75,10 +77,11 @@ def _row_weight(relations: Relations) -> Tensor:
 
 
 def _sweep(
-    relations: Relations, i: int, with_rows: bool, with_gradients: bool, weight: Tensor | None
+    relations: Relations, i: int, with_rows: bool, with_gradients: bool, weight: Tensor | None, scale: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows (B, R, N) of relation i, and the gradients (dX, dY) of Σ weight · row loss (weight None: 1), block by block.
 
+    The gradients have the factor `scale` in place of scale_S.
     For a self relation there is one gradient, of both sides together. What is not asked for is empty.
     """
     x_t, x_s, y_t, y_s = relations.x_t[i], relations.x_s[i], relations.keys_t[i], relations.keys_s[i]
@@ -109,7 +112,7 @@ def _sweep(
                 rows[at_rows] = _only(loss, is_row).squeeze(3)
             if with_gradients:
                 g = e_s.addcmul_(e_t, z_s / z_t, value=-1).flatten(0, 1)
-                factor = _only(z_s.reciprocal_().mul_(relations.scale_s), is_row)
+                factor = _only(z_s.reciprocal_().mul_(scale), is_row)
                 if weight is not None:
                     factor.mul_(weight[at_rows].unsqueeze(3))
                 _add_rows(gradients[0][at_rows], g, y, factor)

@@ -57,6 +57,15 @@ class Relations(NamedTuple):
         """Whether prepared gradients hold the row weights; float16 could not hold the product."""
         return self.x_s[0].dtype != torch.float16
 
+    @property
+    def gradient_scales(self) -> tuple[float, float]:
+        """Two factors whose product is scale_s: the first of prepared gradients, the second of what completes them.
+
+        float16 ends at 65504, so what exceeds 1 waits for the row weights.
+        """
+        waits = max(self.scale_s, 1.0) if self.reduces and not self.weights_in_gradients else 1.0
+        return self.scale_s / waits, waits
+
     def value(self) -> Tensor:
         """Uninitialised: the sums (relations,) or the rows (relations, B, R, N)."""
         shape = self.shape

@@ -134,7 +134,7 @@ def key_launch(
 ) -> Launch:
     grad, unit = row_gradients(problem, grad)
     operands = {
-        **shared_arguments(relations),
+        **shared_arguments(relations, completes=True),
         "y_t": group(relations.keys_t),
         "y_s": group(relations.keys_s),
         "holes": relations.holes,

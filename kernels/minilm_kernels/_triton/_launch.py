@@ -17,7 +17,9 @@ from minilm_kernels._relations import Relations
 from minilm_kernels._triton._plan import Problem
 
 LOG2_E = 1.4426950408889634
+LARGEST_TILE = 128, 1024  # tokens and dimensions that a kernel points to at once, at most
 _DIVISORS = {n: tl.constexpr(n) for n in (1, 2, 4, 8, 16)}
+_OFFSETS_NEED_64_BITS = {needs: tl.constexpr(needs) for needs in (False, True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,21 +67,24 @@ def _strides(strides: tuple[int, ...]) -> tuple[Any, ...]:
     Triton itself asks only whether a stride is a multiple of 16. It would load each number of a head of 8 dimensions
     alone, and not ahead of its use.
     """
-    return *strides, _DIVISORS[math.gcd(16, *strides[:3])]
+    farthest = LARGEST_TILE[0] * strides[2] + LARGEST_TILE[1] * strides[3]
+    return *strides, _DIVISORS[math.gcd(16, *strides[:3])], _OFFSETS_NEED_64_BITS[farthest >= 2**31]
 
 
 def row_weights(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x, *x.stride())
 
 
-def shared_arguments(relations: Relations) -> dict[str, object]:
-    """What all kernels with scores get, beside the constants."""
+def shared_arguments(relations: Relations, completes: bool = False) -> dict[str, object]:
+    """What all kernels with scores get, beside the constants; completes: whether gradients become whole."""
+    scale, waits = relations.gradient_scales
+    weight = relations.weight * waits if completes else relations.weight
     return {
         "x_t": group(relations.x_t),
         "x_s": group(relations.x_s),
         "bounds": relations.bounds,
         "row_weight": row_weights(relations.row_weight),
-        "scales": (relations.scale_t * LOG2_E, relations.scale_s * LOG2_E, relations.scale_s, relations.weight),
+        "scales": (relations.scale_t * LOG2_E, relations.scale_s * LOG2_E, scale, weight),
     }
 
 

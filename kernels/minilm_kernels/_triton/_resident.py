@@ -177,7 +177,7 @@ def scale_launch(relations: Relations, problem: Problem, grad: Tensor, gradients
         "row_weight": row_weights(relations.row_weight),
         "grad": grad,
         "relation_weights": tuple(relations.relation_weights) * both,
-        "weight": relations.weight,
+        "weight": relations.weight * relations.gradient_scales[1],
     }
     return Launch(_scale_schedule(problem, both), operands)
 

@@ -181,7 +181,7 @@ def self_launch(
     shape: Tiles,
 ) -> Launch:
     operands = {
-        **shared_arguments(relations),
+        **shared_arguments(relations, completes=True),
         "holes": relations.holes,
         "lse_t": tuple(lse_t),
         "lse_s": tuple(lse_s),

@@ -1,7 +1,7 @@
 """Steps that the kernels share.
 
-A group of G tensors (B, R, N, d) of equal strides comes as one argument: ((pointer, ...), the four strides, and the
-largest power of two up to 16 that divides all but the last).
+A group of G tensors (B, R, N, d) of equal strides comes as one argument: ((pointer, ...), the four strides, the largest
+power of two up to 16 that divides all but the last, and whether offsets within a tile need 64 bits).
 Scores are in base 2 (log2 e is folded into their factor), because the hardware's exponential is. FLOOR stands for the
 score of a key that is not allowed: finite, so that differences of two of them exist; exp2 of it is 0; a power of two,
 so that its product with any factor is exact. Else, in a row that sees no key yet, `FLOOR · factor − max` as one fused
@@ -44,12 +44,12 @@ def head_pointer(x, relation, batch, head):
 
 @triton.jit
 def tile_pointers(x, base, start, BLOCK: tl.constexpr, DIM: tl.constexpr, d=0):
-    """Pointers (BLOCK, DIM) to the tokens from `start` on, dimensions from `d` on; only `start` needs 64 bits."""
-    first, rows = (
-        tl.multiple_of(tl.cast(start, tl.int64) * x[3], x[5]),
-        tl.multiple_of(tl.arange(0, BLOCK) * x[3], x[5]),
-    )
-    return base + first + (rows[:, None] + ((d + tl.arange(0, DIM)) * x[4])[None, :])
+    """Pointers (BLOCK, DIM) to the tokens from `start` on, dimensions from `d` on."""
+    row, dimension = tl.arange(0, BLOCK), d + tl.arange(0, DIM)
+    if x[6]:
+        row, dimension = row.to(tl.int64), dimension.to(tl.int64)
+    first, rows = tl.multiple_of(tl.cast(start, tl.int64) * x[3], x[5]), tl.multiple_of(row * x[3], x[5])
+    return base + first + (rows[:, None] + (dimension * x[4])[None, :])
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def weight_of(row_weight, weight, batch, start, inside, BLOCK: tl.constexpr):
     if row_weight is None:
         return tl.full([BLOCK], 1.0, tl.float32) * weight
     else:
-        offs = batch * row_weight[1] + (start + tl.arange(0, BLOCK)) * row_weight[2]
+        offs = batch.to(tl.int64) * row_weight[1] + (start + tl.arange(0, BLOCK)) * row_weight[2]
         return tl.load(row_weight[0] + offs, mask=inside, other=0.0) * weight
 
 

@@ -174,7 +174,7 @@ def wide_launches(
     launches = []
     for own, gradients, (as_rows, as_keys), adds in sweeps:
         operands = {
-            **shared_arguments(own),
+            **shared_arguments(own, completes=True),
             "y_t": group(own.keys_t),
             "y_s": group(own.keys_s),
             "holes": own.holes,
