@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 from minilm.escapes import printable
+from minilm.values import LARGEST_INTEGER
 
 LONGEST_ERROR = 1000  # letters
 
@@ -48,6 +49,8 @@ def positive(text: str) -> int:
     """An int of a flag, at least 1."""
     if not (text.isdecimal() and int(text) > 0):
         raise ArgumentTypeError(f"{text!r} is no number from 1 up")
+    if int(text) > LARGEST_INTEGER:
+        raise ArgumentTypeError(f"{text!r} is more than {LARGEST_INTEGER}")
     return int(text)
 
 

@@ -40,7 +40,7 @@ def check_arguments(args: TrainingArguments) -> None:
         raise UsageError(
             f"label_smoothing_factor={args.label_smoothing_factor} means nothing here: there are no labels"
         )
-    if args.neftune_noise_alpha:
+    if args.neftune_noise_alpha is not None:
         raise UsageError(
             f"neftune_noise_alpha={args.neftune_noise_alpha} is not supported: only the student's input would get noise"
         )
