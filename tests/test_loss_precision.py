@@ -63,7 +63,11 @@ def test_a_loss_is_not_negative_beyond_rounding(implementation: str, device: str
 
 @pytest.mark.parametrize("n", [19, 70])  # on chip, sweeps
 def test_a_cold_float16_students_gradient_is_finite(n: int, fused: str, device: str) -> None:
-    """Before the row weights it would be 40,000 times a difference of two tokens, which float16 does not hold."""
+    """Before the row weights it would be 40,000 times a difference of two tokens, which float16 does not hold.
+
+    Scores are up to 6e5, and 16-bit sweeps of a self relation err by a rounding of the largest, 2 % of a probability.
+    Eager code has only NaN here.
+    """
     float16 = (torch.float16, torch.float16)
     case = Case(
         id="cold",
@@ -78,4 +82,4 @@ def test_a_cold_float16_students_gradient_is_finite(n: int, fused: str, device: 
     inputs = build(case, device)
     exact = evaluate(inputs, "reference", torch.float64)
     for g, g_exact in zip(evaluate(inputs, fused).gradients, exact.gradients, strict=True):
-        assert (g - g_exact).norm() <= 2e-3 * g_exact.norm()
+        assert (g - g_exact).norm() <= 2e-2 * g_exact.norm()

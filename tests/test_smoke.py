@@ -1,8 +1,9 @@
 """What the oldest and the newest versions of the dependencies must do: a loss, a capture, a run, a resume.
 
-Continuous integration runs this file in an environment of its own at each end (.ci/run).
+Continuous integration runs this file in an environment of its own at each end, with the sdist and the wheel (.ci/run).
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from own_attention import own_attention_matches
 from tiny_models import tiny_inputs, tiny_model
 from transformers import AutoModel, TrainerCallback
 
+import minilm
+import minilm_kernels
 from minilm import DistillationTrainer, build_student, fused_minilm_loss
+from minilm.cli.check import REFERENCE
 
 RUN = [
     *("--student_num_layers", "2", "--student_hidden_size", "16", "--max_steps", "5", "--save_steps", "2"),
@@ -54,6 +58,15 @@ def test_captured_relations_are_the_models_own_and_its_student_loads_again(tmp_p
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs)[0], student(**inputs)[0])
+
+
+def test_the_package_holds_what_it_reads(command: CommandLine) -> None:
+    code, out, _ = command("--list_recipes")
+    assert code == 0
+    assert len(out.splitlines()) > 10
+    assert json.loads(REFERENCE.read_text(encoding="utf-8"))["curves"]
+    for package in (minilm, minilm_kernels):
+        assert Path(package.__file__).with_name("py.typed").is_file()
 
 
 class Steps(TrainerCallback):

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 SOURCES = {"minilm": ROOT, "minilm_kernels": ROOT / "kernels"}
 KERNELS_NEED = {"torch", "triton"}
 
-# The lowest floor is two modules that all others need: the errors that end a run wherever they rise, and which numbers
-# are in range. Models and data are siblings: what passes between them is a batch, a dictionary of tensors.
-LOWEST = {"minilm.errors", "minilm.values"}
+# The lowest floor is three modules that all others need: the errors that end a run wherever they rise, escapes, and
+# which numbers are in range. Models and data are siblings: what passes between them is a batch, a dictionary of
+# tensors.
+LOWEST = {"minilm.errors", "minilm.escapes", "minilm.values"}
 KERNELS = LOWEST | {"minilm_kernels"}
 MODELS = KERNELS | {"minilm.models"}
 DATA = KERNELS | {"minilm.data"}
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "minilm.models": MODELS,
     "minilm.data": DATA,
     "minilm.errors": LOWEST,
+    "minilm.escapes": LOWEST,
     "minilm.values": LOWEST,
     "minilm_kernels": {"minilm_kernels"},
 }

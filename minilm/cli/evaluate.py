@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from minilm.cli.demo import TEACHER_NAME, docstrings, teacher_folder
 from minilm.cli.terminal import OneLineErrors, fail, not_installed, patient_streams, positive
 from minilm.errors import NonFiniteError, UsageError
+from minilm.escapes import printable
 
 if TYPE_CHECKING:
     from minilm.evaluation.mteb_tasks import MtebTask
@@ -70,7 +71,7 @@ def _evaluate(arguments: argparse.Namespace) -> str:
     of_mteb = _mteb_tasks(arguments)
     tasks, left_out = _read_tasks(arguments)
     for name, reason in left_out.items():
-        print(f"left out {name}: {reason}", flush=True)
+        print(printable(f"left out {name}: {reason}"), flush=True)
     sizes = {label: size_of(name) for label, name in models.items()}
     with claimed(arguments.output_dir):
         results = _results(arguments, models, tasks, of_mteb)
@@ -163,7 +164,7 @@ def _list_tasks(arguments: argparse.Namespace) -> str:
             task = find_task(name, arguments.data_dir, _columns(arguments))
             rows.append([*_described(task), "yes" if name in there else ""])
         except UsageError as error:
-            others.append(f"no task, {name}: {error}")
+            others.append(printable(f"no task, {name}: {error}"))
     where = str(arguments.data_dir or "a folder (--data_dir)")
     return "\n".join([*markdown_table(["task", "predicts", "reads", "metrics", f"in {where}"], rows), *others])
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from minilm.escapes import markdown
 from minilm.evaluation.judged import BATCH, device_name, fingerprint_model
 from minilm.evaluation.mteb_tasks import MtebTask
 from minilm.evaluation.plot import plot_quality
@@ -123,10 +124,10 @@ def _report(
         "What the columns are:",
         "",
         "- embedding, Transformer: how many parameters are tables of tokens and positions, and how many compute.",
-        f"- speed-up: how many times as many texts a second as {models[0].name}, the first model, which reads "
-        f"{models[0].texts_per_second:,.0f}. It is measured forward only, in batches of {BATCH}, on {timed_on}, "
+        f"- speed-up: how many times as many texts a second as {markdown(models[0].name)}, the first model, which "
+        f"reads {models[0].texts_per_second:,.0f}. It is measured forward only, in batches of {BATCH}, on {timed_on}, "
         f"on {device_name()}, the models in turns.",
-        *(f"- {data.task.name}: {_what_is_scored(data, results)}" for data in tasks),
+        *(f"- {markdown(data.task.name)}: {_what_is_scored(data, results)}" for data in tasks),
         *(f"- {task.name}: as mteb {task.identity['mteb']} learns and scores it." for task in of_mteb),
         "- average: the mean of the tasks' columns.",
         "",
@@ -137,7 +138,7 @@ def _report(
         *all_scores(models),
         "",
         *(_chosen(models, results) if results.chosen else []),
-        *(f"Left out {name}: {reason}\n" for name, reason in left_out.items()),
+        *(f"Left out {markdown(name)}: {markdown(reason)}\n" for name, reason in left_out.items()),
     ]
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from minilm.cli.hints import hints
+from minilm.escapes import markdown, printable
 from minilm.evaluation.table import markdown_table
 from minilm.models.agreement import FEWEST_TEXTS
 from minilm.training.finite import without_nan
@@ -20,6 +22,7 @@ Metrics = dict[str, Any]
 History = list[dict[str, Any]]  # of Trainer.state.log_history: rows of losses, each with its step
 
 logger = logging.getLogger(__name__)
+_ON_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")  # names there
 PARTS = {"embedding": "embedding", "transformer": "Transformer", "total": "all"}
 
 
@@ -74,18 +77,17 @@ def overview(metrics: Metrics) -> str:
             f"({count['embedding']} embedding, {count['transformer']} Transformer)"
         )
 
-    return "\n".join(
-        [
-            f"teacher    {metrics['teacher']['name']}: {size('teacher')}",
-            f"student    {size('student')}",
-            f"objective  {_objective(metrics)}",
-            f"data       {_data(data)}{_files(data)}",
-            f"device     {metrics['device']}",
-            f"folder     {metrics['student']['name']}{f', continued after step {before}' if before else ''}",
-            *(f"hint       {told}" for told in hints(metrics)),
-            "",
-        ]
-    )
+    lines = [
+        f"teacher    {metrics['teacher']['name']}: {size('teacher')}",
+        f"student    {size('student')}",
+        f"objective  {_objective(metrics)}",
+        f"data       {_data(data)}{_files(data)}",
+        f"device     {metrics['device']}",
+        f"folder     {metrics['student']['name']}{f', continued after step {before}' if before else ''}",
+        *(f"hint       {told}" for told in hints(metrics)),
+        "",
+    ]
+    return "\n".join(map(printable, lines))
 
 
 def report_markdown(folder: Path, metrics: Metrics) -> str:
@@ -103,7 +105,7 @@ def report_markdown(folder: Path, metrics: Metrics) -> str:
     ]
     return "\n".join(
         [
-            f"# Distillation of {teacher['name']}",
+            f"# Distillation of {markdown(teacher['name'])}",
             "",
             _what_was_done(metrics),
             "",
@@ -126,8 +128,9 @@ def report_markdown(folder: Path, metrics: Metrics) -> str:
 def model_card(folder: Path, metrics: Metrics) -> str:
     """A short README.md for the student's folder, with the hub's front matter."""
     teacher, student = metrics["teacher"], metrics["student"]
+    name = metrics["arguments"]["teacher"] or ""
     # A folder's name would point to another model on the hub, or to none.
-    base = [f"base_model: {name}"] if (name := metrics["arguments"]["teacher"]) and not Path(name).exists() else []
+    base = [f"base_model: {name}"] if _ON_THE_HUB.fullmatch(name) and not Path(name).exists() else []
     losses = ", ".join(f"{name} {ends['start']:.3f} to {ends['end']:.3f}" for name, ends in metrics["heldout"].items())
     tags = ["minilm", "distillation", *(["sentence-transformers"] if metrics["sentence_files"] else [])]
     return "\n".join(
@@ -137,7 +140,7 @@ def model_card(folder: Path, metrics: Metrics) -> str:
             *base,
             f"tags: [{', '.join(tags)}]",
             "---",
-            f"# {student['layers']} x {student['hidden_size']} student of {teacher['name']}",
+            f"# {student['layers']} x {student['hidden_size']} student of {markdown(teacher['name'])}",
             "",
             f"{_count(metrics['parameters']['student']['total'])} parameters. {_what_was_done(metrics)}",
             "",
@@ -181,7 +184,7 @@ def _what_was_done(metrics: Metrics) -> str:
     unit = "packed rows" if data["packed"] else data["unit"]
     return (
         f"Objective {_objective(metrics)}: {metrics['steps']} steps of {data['sequences_per_step']} {unit}{last} in "
-        f"{_duration(metrics['seconds'])} on {metrics['device']}{_pace(metrics)}; from {_data(data)}."
+        f"{_duration(metrics['seconds'])} on {metrics['device']}{_pace(metrics)}; from {markdown(_data(data))}."
     )
 
 
@@ -262,9 +265,9 @@ def _agreement(metrics: Metrics) -> list[str]:
         line
         for example in agreement["examples"]
         for line in (
-            f"- {example['text']}",
-            f"  - teacher: {example['teacher']}",
-            f"  - student: {'the same' if example['student'] == example['teacher'] else example['student']}",
+            f"- {markdown(example['text'])}",
+            f"  - teacher: {markdown(example['teacher'])}",
+            f"  - student: {'the same' if example['student'] == example['teacher'] else markdown(example['student'])}",
         )
     ]
     return [

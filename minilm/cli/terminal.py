@@ -11,6 +11,11 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
+from minilm.escapes import printable
+from minilm.values import LARGEST_INTEGER
+
+LONGEST_ERROR = 1000  # letters
+
 
 class OneLineErrors(ArgumentParser):
     """A parser whose errors are one line; argparse's own begin with the usage of all flags."""
@@ -19,10 +24,24 @@ class OneLineErrors(ArgumentParser):
         """Ends the process with exit code 2."""
         self.exit(fail(self.prog, message, 2))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which takes `--flag=--` for an empty list, whatever the flag's type."""
+        given = sys.argv[1:] if args is None else args
+        if empty := next((argument for argument in given if argument.endswith("=--")), None):
+            self.error(f"argument {empty.removesuffix('=--')}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
 
 def fail(program: str, message: str, code: int) -> int:
-    """Says in one line of stderr why the program ends, and returns its exit code."""
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    """Says in one line of stderr why the program ends, and returns its exit code.
+
+    The message may quote what a file or a name holds: a character that a terminal would obey is written as an escape,
+    and of a long message the middle is left out.
+    """
+    line = printable(" ".join(message.split()))
+    if len(line) > LONGEST_ERROR:
+        line = f"{line[: LONGEST_ERROR // 2]} [...] {line[-LONGEST_ERROR // 2 :]}"
+    print(f"{program}: error: {line}", file=sys.stderr)
     return code
 
 
@@ -30,6 +49,8 @@ def positive(text: str) -> int:
     """An int of a flag, at least 1."""
     if not (text.isdecimal() and int(text) > 0):
         raise ArgumentTypeError(f"{text!r} is no number from 1 up")
+    if int(text) > LARGEST_INTEGER:
+        raise ArgumentTypeError(f"{text!r} is more than {LARGEST_INTEGER}")
     return int(text)
 
 

@@ -9,12 +9,13 @@ of one kind: what else looks like data is refused, not passed over.
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from minilm.data.reading import KINDS, OPENERS, kind_of
-from minilm.errors import UsageError
+from minilm.errors import UsageError, reason
 
 _TRAIN, _EVAL = ("train", "training"), ("test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation")
 _WORD = re.compile(rf"(?<![a-z])({'|'.join((*_TRAIN, *_EVAL, 'heldout', 'holdout'))})\d*(?![a-z])")
@@ -158,7 +159,8 @@ def _once(files: list[Path]) -> list[Path]:
 def _saved_to_disk(folder: Path) -> Chosen | None:
     """Of a folder that `datasets`' `save_to_disk` wrote: the tables that it names, of several splits those of train."""
     if (index := folder / "dataset_dict.json").is_file():
-        splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
+        with _index_faults(index):
+            splits = [str(split) for split in json.loads(index.read_text(encoding="utf-8"))["splits"]]
         if "train" not in splits:
             raise UsageError(
                 f"the data set saved in {str(folder)!r} has the splits {', '.join(splits)}, none is train: to train on "
@@ -168,8 +170,17 @@ def _saved_to_disk(folder: Path) -> Chosen | None:
         return saved and Chosen(saved.files, [f"{split}/" for split in splits if split != "train"])
     if not ((index := folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
         return None
-    names = [file["filename"] for file in json.loads(index.read_text(encoding="utf-8"))["_data_files"]]
-    return Chosen([folder / name for name in names], [])
+    with _index_faults(index):
+        names = [file["filename"] for file in json.loads(index.read_text(encoding="utf-8"))["_data_files"]]
+        return Chosen([folder / name for name in names], [])
+
+
+@contextmanager
+def _index_faults(index: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UsageError(f"{str(index)!r} is not what `save_to_disk` writes ({reason(error)})") from error
 
 
 def _names(folder: Path, files: Iterable[Path]) -> list[str]:

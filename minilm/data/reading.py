@@ -121,6 +121,8 @@ def faults_at(place: Callable[[], str]) -> Iterator[None]:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"cannot read {place()}: no JSON ({error.msg} at character {error.colno})") from error
+    except RecursionError as error:
+        raise DataError(f"cannot read {place()}: its JSON is nested too deeply") from error
     except _FAULTS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"cannot read {place()}: {' '.join(reason.split()) or type(error).__name__}") from error

@@ -29,12 +29,13 @@ class Encoder:
     def __init__(self, name: str, max_length: int) -> None:
         with loading("model", name), quiet(), _without_hints():
             self.loaded = loaded = SentenceTransformer(name, trust_remote_code=False)
-        modules = [module for module in loaded if type(module).__name__ != "Normalize"]
-        self._model = SentenceTransformer(modules=modules, device=str(loaded.device))
-        self._model.prompts, self._model.default_prompt_name = loaded.prompts, loaded.default_prompt_name
-        self._model.max_seq_length = min(max_length, loaded.max_seq_length or max_length)
-        if self._model.tokenizer.pad_token is None:
-            self._model.tokenizer.pad_token = self._model.tokenizer.eos_token
+            modules = [module for module in loaded if type(module).__name__ != "Normalize"]
+            self._model = SentenceTransformer(modules=modules, device=str(loaded.device))
+            self._model.prompts, self._model.default_prompt_name = loaded.prompts, loaded.default_prompt_name
+            self._model.max_seq_length = min(max_length, loaded.max_seq_length or max_length)
+            if self._model.tokenizer.pad_token is None:
+                self._model.tokenizer.pad_token = self._model.tokenizer.eos_token
+            self.encode(["a"])  # a trial: some faults of a folder's files show only then
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(texts, E)."""

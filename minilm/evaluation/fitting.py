@@ -51,7 +51,8 @@ def fit(
         weight_decay=WEIGHT_DECAY,
         seed=settings.seed,
         bf16=settings.bf16,
-        use_cpu=settings.use_cpu,
+        # transformers refuses bf16 on a machine that has a CPU alone, unless it is said.
+        use_cpu=settings.use_cpu or not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available() and not settings.use_cpu,
         logging_steps=20,
         logging_nan_inf_filter=False,  # which would hide them

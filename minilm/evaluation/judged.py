@@ -49,13 +49,14 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # of which the loading report tells, in place of an error without sizes
         )
-    check_complete("model", name, (key for key in info["missing_keys"] if not key.startswith("pooler.")))
-    check_weights("model", name, model, info)
-    with loading("model", name, "tokenizer"), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with loading("model", name):
+        check_complete("model", name, (key for key in info["missing_keys"] if not key.startswith("pooler.")))
+        check_weights("model", name, model, info)
+        with loading("model", name, "tokenizer"), quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 

@@ -82,6 +82,11 @@ def own_task(name: str, folder: Path, columns: Columns) -> Task:
             flag = "--label_column" if column == label else "--text_columns"
             raise UsageError(f"{where} has no column {column!r}: choose with {flag} from {records.column_names}")
     form = columns.form or _form(records, label, where)
+    if form == "tokens" and not isinstance(records.features[label], List):
+        raise UsageError(
+            f"--form tokens needs a list of labels in each record: the column {label!r} of {where} holds "
+            f"{_kind(records, label)}"
+        )
     texts = columns.texts or _texts(records, label, where)
     evaluated = tuple(name for name in files if name.startswith("validation")) or ("test",)
     is_bio = form == "tokens" and "O" in _class_names(records, label)
@@ -89,10 +94,9 @@ def own_task(name: str, folder: Path, columns: Columns) -> Task:
 
 
 def _form(records: Dataset, label: str, where: str) -> Form:
-    feature = records.features[label]
+    feature, kind = records.features[label], _kind(records, label)
     if isinstance(feature, List):
         return "tokens"
-    kind = str(feature.dtype if isinstance(feature, Value) else feature)
     if isinstance(feature, ClassLabel) or kind in ("string", "large_string", "bool"):
         return "classification"
     if kind.startswith("float"):
@@ -105,6 +109,12 @@ def _form(records: Dataset, label: str, where: str) -> Form:
             )
         return "classification"
     raise UsageError(f"the column {label!r} of {where} holds {kind}, which is no label")
+
+
+def _kind(records: Dataset, label: str) -> str:
+    """Of what the labels are."""
+    feature = records.features[label]
+    return str(feature.dtype if isinstance(feature, Value) else feature)
 
 
 def _texts(records: Dataset, label: str, where: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from minilm.escapes import plot_label
 from minilm.evaluation.table import Judged
 
 _MARKERS = "osD^vPX*<>"
@@ -24,12 +25,12 @@ def plot_quality(models: Sequence[Judged], speed_of: str) -> Figure:
             _MARKERS[index % len(_MARKERS)],
             color=f"C{index % 10}",
             markersize=9,
-            label=f"{model.name} ({model.parameters['total'] / 1e6:.1f}M)",
+            label=f"{plot_label(model.name)} ({model.parameters['total'] / 1e6:.1f}M)",
         )
     axes.margins(0.15)
     axes.set_xlim(left=0)
     tasks = list(models[0].scores)
-    of_tasks = ", ".join(tasks) if len(tasks) <= 4 else f"{len(tasks)} tasks"
+    of_tasks = plot_label(", ".join(tasks)) if len(tasks) <= 4 else f"{len(tasks)} tasks"
     axes.set(xlabel=f"texts a second, {speed_of}", ylabel=f"average score: {of_tasks}", title="Quality over speed")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")

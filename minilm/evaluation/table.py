@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from minilm.escapes import markdown
 from minilm.evaluation.tasks import Scores
 
 
@@ -62,7 +63,12 @@ def all_scores(models: Sequence[Judged]) -> list[str]:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table with aligned columns, so that it reads well on a terminal too."""
+    """Lines of a Markdown table with aligned columns, so that it reads well on a terminal too.
+
+    Args:
+        header, rows: texts as they are to be seen, escaped here.
+    """
+    header, rows = [*map(markdown, header)], [[*map(markdown, row)] for row in rows]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: list[str]) -> str:

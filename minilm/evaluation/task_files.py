@@ -8,6 +8,7 @@ own: what a CSV file writes as numbers are numbers.
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
@@ -53,9 +54,19 @@ def read_split(files: list[Path], column: str) -> Dataset:
 def _read(path: Path, column: str) -> Dataset:
     with faults_at(lambda: repr(str(path))):
         if kind_of(path) == "json":
-            return Dataset.from_list(list(json_records(path, column)))
+            records = list(json_records(path, column))
+            if other := next((record for record in records if not isinstance(record, dict)), None):
+                raise DataError(f"{str(path)!r} holds {str(other)[:40]!r}, which is no record with columns")
+            return Dataset.from_list(records)
         if kind_of(path) == "parquet":
-            return Dataset(InMemoryTable(pq.read_table(path)))
+            return _dataset(path, pq.read_table(path))
         tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes[-2:])
         parsing = pa_csv.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True)
-        return Dataset(InMemoryTable(pa_csv.read_csv(path, parse_options=parsing)))
+        return _dataset(path, pa_csv.read_csv(path, parse_options=parsing))
+
+
+def _dataset(path: Path, table: pa.Table) -> Dataset:
+    names = table.column_names
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{str(path)!r} has two columns {double!r}")
+    return Dataset(InMemoryTable(table))

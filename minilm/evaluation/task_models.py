@@ -47,21 +47,22 @@ def load_for_task(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # a head for another number of labels
             )
-    info["mismatched_keys"] = [found for found in info["mismatched_keys"] if not is_of_head(found[0], model)]
-    check_complete("model", name, (key for key in info["missing_keys"] if not is_of_head(key, model)))
-    check_weights("model", name, model, info)
-    if (wanted.architectures or [""])[0].endswith(("Classification", "QuestionAnswering")):
-        _renew_head(model, auto_class, seed)
-    check_length("model", model, max_length)
-    with loading("model", name, "tokenizer"), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    check_tokenizer(name, model, tokenizer)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise UsageError(f"the tokenizer of {name!r} has no padding token and no end-of-text token to pad with")
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders read a text's last token before the padding
+    with loading("model", name):
+        info["mismatched_keys"] = [found for found in info["mismatched_keys"] if not is_of_head(found[0], model)]
+        check_complete("model", name, (key for key in info["missing_keys"] if not is_of_head(key, model)))
+        check_weights("model", name, model, info)
+        if (wanted.architectures or [""])[0].endswith(("Classification", "QuestionAnswering")):
+            _renew_head(model, auto_class, seed)
+        check_length("model", model, max_length)
+        with loading("model", name, "tokenizer"), quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        check_tokenizer(name, model, tokenizer)
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token is None:
+                raise UsageError(f"the tokenizer of {name!r} has no padding token and no end-of-text token to pad with")
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id  # decoders read a text's last token before the padding
     return model, tokenizer
 
 

@@ -35,12 +35,13 @@ def load_student(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
             )
-    info["mismatched_keys"] = [
-        found for found in info["mismatched_keys"] if not (with_head and _of_head(found[0], model))
-    ]
-    check_complete("student", name, (key for key in info["missing_keys"] if not _of_head(key, model)))
-    check_weights("student", name, model, info)
-    _check_inputs(name, model, teacher)
+    with loading("student", name):
+        info["mismatched_keys"] = [
+            found for found in info["mismatched_keys"] if not (with_head and _of_head(found[0], model))
+        ]
+        check_complete("student", name, (key for key in info["missing_keys"] if not _of_head(key, model)))
+        check_weights("student", name, model, info)
+        _check_inputs(name, model, teacher)
     return cast(PreTrainedModel, model)
 
 

@@ -69,7 +69,7 @@ def sentence_files(teacher: str) -> SentenceFiles | None:
         if (path := folder / MODULES).is_file():
             try:
                 return _read(folder, transformer, json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, KeyError, TypeError, OSError) as error:
+            except Exception as error:  # what the files may hold has no end
                 reason = f"{type(error).__name__}: {error}"
                 raise UsageError(
                     f"cannot read the sentence-transformers modules in {str(path)!r} ({reason})"

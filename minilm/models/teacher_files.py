@@ -95,6 +95,9 @@ def _no_json(path: Path) -> Iterator[str]:
     except ValueError as error:
         yield f"{path.name} is no JSON: {error}"
         return
+    except RecursionError:
+        yield f"{path.name} holds JSON that is nested too deeply"
+        return
     if not isinstance(content, dict):
         return  # which of them may be lists is theirs to know
     if path.name.endswith(".index.json"):
@@ -123,7 +126,7 @@ def _no_safetensors(path: Path, size: int) -> Iterator[str]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, size)))
         wanted = 8 + length + max(tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__")
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         yield f"{path.name} ({size:,} bytes) is no safetensors file: {reason}"
         return
     if wanted == size:
@@ -152,7 +155,7 @@ def _not_a_model(folder: Path, who: str) -> Iterator[str]:
             else:
                 yield "its config.json names no model_type, so it is no model of transformers"
             return
-    if model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return
     if "auto_map" in config:
         yield (
@@ -216,6 +219,6 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

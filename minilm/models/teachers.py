@@ -77,9 +77,14 @@ def read_teacher(name: str, *, head: bool = False) -> Teacher:
             or not finite, no tokenizer of its vocabulary; with `head`, no such head or none among the weights, or
             one whose output for a text depends on its padding.
     """
+    with loading("teacher", name):
+        return _read_teacher(name, head)
+
+
+def _read_teacher(name: str, head: bool) -> Teacher:
     with loading("teacher", name), quiet():
         if os.path.isfile(os.path.join(name, "adapter_config.json")):
-            raise UsageError("an adapter")  # which transformers would load with another model below it
+            raise ValueError("an adapter")  # which transformers would load with another model below it
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     _check_kind(name, config)
     load = _class_with_head(name, config) if head else AutoModel
@@ -156,9 +161,14 @@ def positions(model: PreTrainedModel) -> int | None:
 
 @contextmanager
 def loading(who: str, name: str, part: str = "") -> Iterator[None]:
-    """Whatever the loading libraries raise, as one sentence about the teacher, or who else is loaded."""
+    """Whatever the loading libraries raise, as one sentence about the teacher, or who else is loaded.
+
+    So are errors of ours in what follows from the files: a config may hold anything under any name.
+    """
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:
         of_part = f"its {part}: " if part else ""
         here = "" if os.path.exists(name) else ", which is no folder here, from the hub"

@@ -40,7 +40,7 @@ def check_arguments(args: TrainingArguments) -> None:
         raise UsageError(
             f"label_smoothing_factor={args.label_smoothing_factor} means nothing here: there are no labels"
         )
-    if args.neftune_noise_alpha:
+    if args.neftune_noise_alpha is not None:
         raise UsageError(
             f"neftune_noise_alpha={args.neftune_noise_alpha} is not supported: only the student's input would get noise"
         )
@@ -57,7 +57,11 @@ def check_arguments(args: TrainingArguments) -> None:
         raise UsageError(f"label_names={args.label_names} means nothing here: there are no labels")
     if args.use_liger_kernel:
         raise UsageError("use_liger_kernel=True is not supported: it changes models that stand alone, not the student")
-    for reporter in get_reporting_integration_callbacks(args.report_to):  # type: ignore[no-untyped-call]
+    try:
+        reporters = get_reporting_integration_callbacks(args.report_to)  # type: ignore[no-untyped-call]
+    except ValueError as unknown:
+        raise UsageError(f"report_to={args.report_to}: {unknown}") from None
+    for reporter in reporters:
         try:
             reporter()
         except RuntimeError as missing:  # the package that it reports to

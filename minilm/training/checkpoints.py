@@ -21,6 +21,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -59,7 +60,7 @@ class CheckpointingTrainer(Trainer):
             None if it ran to its end.
 
     Raises (from `train`):
-        CheckpointError: on every rank, if one of them could not write.
+        CheckpointError: on every rank, if one of them could not write; of a checkpoint that would run code when read.
         DataError: from `stop_after_saving`.
         KeyboardInterrupt: at a second Ctrl-C, at once; a second SIGTERM ends the process as it did before `train()`.
             A launcher and a terminal may both pass on one and the same: within a second it does not count twice.
@@ -97,6 +98,11 @@ class CheckpointingTrainer(Trainer):
         with Signals() as self._signals, self._without_the_trainers_removal():
             try:
                 result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except UnpicklingError as error:  # of torch's loader of weights alone, by which the Trainer reads all files
+                raise CheckpointError(
+                    f"cannot continue from {resume_from_checkpoint}: one of its files would run code when it is read, "
+                    "which is never done"
+                ) from error
             except (DataError, NonFiniteError):
                 self._end_early()
                 raise
