@@ -76,11 +76,11 @@ def last_programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         set_dim, set_place = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
 
         def run(launch: Launch, device: torch.device) -> None:
-            before = launch.programs - count
+            before = launch.schedule.programs - count
             with monkeypatch.context() as patch:
-                patch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_dim(launch.programs, 1, 1))
+                patch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_dim(launch.schedule.programs, 1, 1))
                 patch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: set_place(before + x, y, z))
-                launch.kernel[(count,)](**launch.arguments, **launch.options)
+                launch.schedule.kernel[(count,)](**launch.arguments, **launch.schedule.options)
 
         monkeypatch.setattr(Launch, "run", run)
 
