@@ -13,6 +13,8 @@ from test_evaluate import Run
 from test_evaluate import evaluation as evaluation
 
 from minilm.cli.terminal import OneLineErrors, positive
+from minilm.data.reading import DataError
+from minilm.data.records import read_vectors
 
 SEED, FIRST, CALLS = 11, 0, 60
 TRAINED = ["--student_num_layers", "1", "--max_steps", "2", "--use_cpu", "--dry_run"]
@@ -154,3 +156,8 @@ def test_noise_of_nothing_and_numbers_beyond_the_machines(command: CommandLine, 
     assert positive(str(2**63 - 1)) == 2**63 - 1
     with pytest.raises(ArgumentTypeError, match="'9223372036854775808' is more than 9223372036854775807"):
         positive(str(2**63))
+
+
+def test_a_device_is_no_file() -> None:
+    with pytest.raises(DataError, match="cannot read '/dev/zero' at row 1: it is a device, not a file"):
+        read_vectors(Path("/dev/zero"))

@@ -140,7 +140,9 @@ def _encoding(line: bytes) -> str:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    r"""Each line without its end, \n, \r\n or \r, the first without a byte-order mark."""
+    r"""Each line without its end, \n, \r\n or \r, the first without a byte-order mark; of a device `ValueError`."""
+    if path.is_char_device():
+        raise ValueError("it is a device, not a file")  # /dev/zero has no line's end
     with OPENERS.get(path.suffix.lower(), io.FileIO)(path) as file:
         for number, line in enumerate(io.BufferedReader(_Raw(file), 2**16)):
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
