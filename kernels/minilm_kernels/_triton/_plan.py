@@ -102,8 +102,8 @@ class Tiles(NamedTuple):
 _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     80: {
         "forward": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
-        "rows": {32: Tiles(64, 64, 4, 2), 64: Tiles(64, 32, 4, 2), 128: Tiles(32, 64, 4, 2)},
-        "keys": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
+        "rows": {32: Tiles(128, 64, 8, 2), 64: Tiles(64, 32, 4, 2), 128: Tiles(32, 64, 4, 2)},
+        "keys": {32: Tiles(64, 64, 4, 3), 64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
         "self": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
     },
     90: {
@@ -131,7 +131,7 @@ _TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     100: {
         "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2)},
         "keys": {64: Tiles(64, 128, 4, 2)},
-        "self": {32: Tiles(128, 128, 8, 2), 64: Tiles(128, 64, 8, 2), 128: Tiles(64, 32, 4, 2)},
+        "self": {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 32, 4, 2)},
     },
 }
 
