@@ -63,11 +63,11 @@ def make_launch(kernel: str, relations: Relations, architecture: int, shape: Til
         programs = 1 if is_persistent(architecture, problem.shape[3]) else math.prod(problem.shape[:3])
         return resident_launch(relations, problem, dx, dy, programs, architecture)
 
-    def numbers(*sizes: int) -> Tensor:
-        return torch.full(sizes, LSE, device=problem.device)
+    def numbers(*sizes: int, value: float = LSE) -> Tensor:
+        return torch.full(sizes, value, device=problem.device)
 
     shape = shape or pinned_tiles(kernel, relations, architecture)
-    lse_t, lse_s = ([numbers(*problem.shape) for _ in range(parts)] for parts in problem.lse_parts)
+    lse_t, lse_s = ([numbers(*problem.shape, value=-LSE) for _ in range(parts)] for parts in problem.lse_parts)
     if kernel == "forward":
         return row_launch(relations, problem, lse_t, lse_s, [], shape)
     if kernel == "rows":

@@ -60,17 +60,20 @@ def key_factors(
 @triton.jit
 def _key_factors(lse, base, factor, N):
     head = tl.program_id(0).to(tl.int64)
-    lowest = tl.full([SCAN], float("inf"), tl.float32)  # where there is no token, as references are
+    highest = tl.full([SCAN], float("-inf"), tl.float32)  # of −reference, as where there is no token
     for n in range(0, N, SCAN):
         offs = n + tl.arange(0, SCAN)
-        lowest = tl.minimum(lowest, tl.load(lse[0] + head * N + offs, mask=offs < N, other=float("inf")))
-    c = tl.min(lowest, 0)
+        highest = tl.maximum(highest, tl.load(lse[0] + head * N + offs, mask=offs < N, other=float("-inf")))
+    c = -tl.max(highest, 0)
     c = tl.where(c < float("inf"), c, 0.0)
     tl.store(base + head, c)
     for n in range(0, N, SCAN):
         offs = n + tl.arange(0, SCAN)
-        reference, own = load_lse(lse, head * N + offs, offs < N)
-        tl.store(factor + head * N + offs, own * tl.exp2(c - reference), mask=offs < N)
+        own = load_lse(lse, head * N + offs, offs < N)
+        b = tl.exp2(c + own[0])
+        if len(lse) == 2:
+            b *= own[1]
+        tl.store(factor + head * N + offs, b, mask=offs < N)
 
 
 @triton.jit
@@ -147,7 +150,7 @@ def self_sweep(
 @triton.jit
 def _above(base, lse, token):
     """How far the references of the tokens lie above the smallest of their head."""
-    return tl.where(token, lse[0] - tl.load(base), 0.0)
+    return tl.where(token, -lse[0] - tl.load(base), 0.0)
 
 
 def factor_launch(

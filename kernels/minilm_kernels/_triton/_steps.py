@@ -156,7 +156,8 @@ def store_lse(lse_t, lse_s, offs, token, inside, m_t, m_s, l_t, l_s, SQUARED: tl
     Two numbers of each model are m and 1 / l. A lone reference is m + log2 l, rounded, and what that adds multiplies P
     and Q by two numbers near 1. A factor of the teacher alone is their ratio, so that Q − P is exact up to one of them.
     It is squared for sweeps that add G_ij + G_ji and have no registers for the factor of row i: on the diagonal, where
-    rows are one-hot, the square in one of the two serves both. References are inf where there is no token.
+    rows are one-hot, the square in one of the two serves both. References are stored with the other sign (before Triton
+    3.9 a sign is an instruction an element in the sweeps), −inf where there is no token.
     """
     if len(lse_s) == 2:
         reference_t, reference_s = m_t, m_s
@@ -167,18 +168,18 @@ def store_lse(lse_t, lse_s, offs, token, inside, m_t, m_s, l_t, l_s, SQUARED: tl
         if len(lse_t) == 2:
             factor = (tl.exp2(reference_t - m_t) / l_t) / (tl.exp2(reference_s - m_s) / l_s)
             tl.store(lse_t[1] + offs, factor * factor if SQUARED else factor, mask=inside)
-    tl.store(lse_t[0] + offs, tl.where(token, reference_t, float("inf")), mask=inside)
-    tl.store(lse_s[0] + offs, tl.where(token, reference_s, float("inf")), mask=inside)
+    tl.store(lse_t[0] + offs, tl.where(token, -reference_t, float("-inf")), mask=inside)
+    tl.store(lse_s[0] + offs, tl.where(token, -reference_s, float("-inf")), mask=inside)
 
 
 @triton.jit
 def load_lse(lse, offs, token):
-    """References and factors of rows where `token` (None: all); factors of 1 where none are stored."""
-    reference = load(lse[0] + offs, token)
+    """What `store_lse` stored of rows where `token` (None: all): −reference and factor, or the first alone."""
+    negative = load(lse[0] + offs, token)
     if len(lse) == 1:
-        return reference, tl.zeros_like(reference) + 1.0
+        return (negative,)
     else:
-        return reference, load(lse[1] + offs, token)
+        return negative, load(lse[1] + offs, token)
 
 
 @triton.jit
@@ -253,15 +254,19 @@ def scores(
 
 
 @triton.jit
-def exponential(products, scale, reference, AXIS: tl.constexpr):
-    """2^(score − reference), the reference along the other axis.
+def exponential(products, scale, negative, AXIS: tl.constexpr):
+    """2^(score − reference), −reference along the other axis.
 
     The score is rounded once, relative to the reference: by name, so that all sweeps and their tails agree.
     """
-    return tl.exp2(tl.fma(products, scale, -tl.expand_dims(reference, AXIS)))
+    return tl.exp2(tl.fma(products, scale, tl.expand_dims(negative, AXIS)))
 
 
 @triton.jit
 def probability(products, scale, lse, AXIS: tl.constexpr):
     """factor · 2^(score − reference), lse what `load_lse` gives of the rows, along the other axis."""
-    return exponential(products, scale, lse[0], AXIS) * tl.expand_dims(lse[1], AXIS)
+    p = exponential(products, scale, lse[0], AXIS)
+    if len(lse) == 1:
+        return p
+    else:  # a factor of 1 would be multiplied by before Triton 3.9
+        return p * tl.expand_dims(lse[1], AXIS)
