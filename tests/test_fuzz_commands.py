@@ -161,3 +161,15 @@ def test_noise_of_nothing_and_numbers_beyond_the_machines(command: CommandLine, 
 def test_a_device_is_no_file() -> None:
     with pytest.raises(DataError, match="cannot read '/dev/zero' at row 1: it is a device, not a file"):
         read_vectors(Path("/dev/zero"))
+
+
+def test_names_that_the_system_does_not_take(command: CommandLine, teacher: str, data: str) -> None:
+    def ending(*argv: str) -> str:
+        code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *TRAINED, *argv)
+        assert (code, err.count("\n")) == (2, 1), err
+        return err
+
+    assert "there is no such file" in ending("--accelerator_config", "a" * 100_000)
+    assert "there is no recipe or file" in ending("--recipe", "a" * 100_000)
+    Path("nul.txt").write_text("--output_dir a\0b")
+    assert "the argument 'a\\x00b' is no text" in ending("--recipe", "nul.txt")

@@ -126,7 +126,7 @@ def _is_unicode(argument: str) -> bool:
         argument.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in argument  # which a recipe may hold, and no name can
 
 
 def _unknown(unknown: list[str], parser: HfArgumentParser) -> str:

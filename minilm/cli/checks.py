@@ -1,6 +1,7 @@
 """What is wrong with flags, in one sentence each: values that no run takes, and flags that do not go together."""
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def _no_json(name: str, value: str) -> str | None:
     if not value.startswith("{"):
         if name not in JSON_FILES:
             return f"--{name} is {value!r}: it must be JSON, as in '{{\"name\": 1}}'"
-        if not Path(value).is_file():
+        if not os.path.isfile(value):  # a Path's raises where the name is too long
             return f"--{name} is {value!r}: there is no such file"
     try:
         json.loads(value if value.startswith("{") else Path(value).read_bytes(), parse_constant=_no_number)

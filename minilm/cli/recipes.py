@@ -3,6 +3,7 @@
 A line holds flags as a shell would read them, "#" begins a comment, and the first line is the title.
 """
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def _title(file: Path) -> str:
 
 def _flags(name: str) -> list[str]:
     file = FOLDER / f"{name}.txt" if name in names() else Path(name)
-    if not name or not file.is_file():
+    if not name or not os.path.isfile(file):  # a Path's raises where the name is too long
         raise UsageError(f"there is no recipe or file {name!r}; the recipes: {', '.join(names())}")
     try:
         flags = shlex.split(file.read_text(encoding="utf-8"), comments=True)
