@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_text import tiny_tokenizer
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
 from minilm.data.streams import TextStream
 
 Batch = dict[str, Any]
@@ -263,7 +263,8 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
 
 def test_a_reader_that_never_finds_a_text_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = stream(write(tmp_path / "a", 30))
-    (tmp_path / "a" / "0.txt").write_text("\n" * 40, encoding="utf-8")
+    file = tmp_path / "a" / "0.txt"
+    file.write_text("\n" * file.stat().st_size, encoding="utf-8")
     with pytest.raises(ValueError, match="reader 0 of 1 found no text in 100 passes over 1 files"):
         next(iter(texts))
 
@@ -319,6 +320,25 @@ def test_a_file_that_is_deleted_is_named(tmp_path: Path) -> None:
     texts = stream(write(tmp_path / "a", 30))
     (tmp_path / "a" / "0.txt").unlink()
     with pytest.raises(DataError, match=r"cannot read '.*0\.txt' at row .*: No such file or directory"):
+        next(iter(texts))
+
+
+@pytest.mark.parametrize("change", [-8, 8])
+def test_a_file_that_changes_under_a_run_is_told_before_half_a_text_is_trained_on(
+    tmp_path: Path, change: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut off, or added to, while a block is read; and between two passes."""
+    monkeypatch.setattr("minilm.data.formats.ROWS_AT_ONCE", 4)
+    texts = stream(write(tmp_path / "a", 60), shuffle_buffer=4, batch_size=2)
+    file = tmp_path / "a" / "0.txt"
+    whole = file.read_bytes()
+    reading = iter(texts)
+    assert len(take(reading, 2)) == 2
+    file.write_bytes(whole[:change] if change < 0 else whole + b"a" * change)
+    told = rf"0\.txt' has changed since it was first read: it had {len(whole)} bytes, and has {len(whole) + change} now"
+    with pytest.raises(DataError, match=told):
+        next(reading)
+    with pytest.raises(DataError, match=told):
         next(iter(texts))
 
 

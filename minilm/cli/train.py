@@ -41,7 +41,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from minilm.cli.distill import dry_run, prepare, train
     from minilm.cli.report import overview
     from minilm.cli.stages import stages
-    from minilm.data.reading import DataError
+    from minilm.data.faults import DataError
     from minilm.errors import NonFiniteError
     from minilm.training.checkpoints import CheckpointError
 

@@ -31,7 +31,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
 from minilm.errors import NonFiniteError, UsageError
 from minilm.training.folders import INCOMPLETE, STUDENT, close_aside, is_own, make_way, open_aside, publish
 from minilm.training.manifests import RUN, sync, write_manifest

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
 from minilm.data.workers import WorkerDeaths, worker_faults
 from minilm.errors import NonFiniteError, UsageError
 from minilm.models.batches import Batch, as_packed, check_batch, count_sequences, count_tokens, model_inputs
