@@ -35,6 +35,7 @@ from minilm.data.faults import DataError
 from minilm.errors import NonFiniteError, UsageError
 from minilm.training.folders import INCOMPLETE, STUDENT, close_aside, is_own, make_way, open_aside, publish
 from minilm.training.manifests import RUN, sync, write_manifest
+from minilm.training.ranks import Pulse, RankError
 from minilm.training.runs import checkpoints_of, newest_intact, step_of
 from minilm.training.signals import Signals
 
@@ -61,6 +62,7 @@ class CheckpointingTrainer(Trainer):
     Raises (from `train`):
         CheckpointError: on every rank, if one of them could not write.
         DataError: from `stop_after_saving`.
+        RankError: another rank has ended, or did not answer within `ddp_timeout`.
         KeyboardInterrupt: at a second Ctrl-C, at once; a second SIGTERM ends the process as it did before `train()`.
             A launcher and a terminal may both pass on one and the same: within a second it does not count twice.
         ValueError: a checkpoint with the state of another number of ranks.
@@ -94,7 +96,7 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             close_aside(Path(output))
         self.stopped_by = self._saved_step = None
-        with Signals() as self._signals, self._without_the_trainers_removal():
+        with Signals() as self._signals, Pulse() as pulse, self._without_the_trainers_removal():
             try:
                 result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             except (DataError, NonFiniteError):
@@ -106,6 +108,12 @@ class CheckpointingTrainer(Trainer):
                 self.stopped_by = stop.by
                 self._end_early()
                 result = TrainOutput(self.state.global_step, float("nan"), {})
+            except RuntimeError as error:
+                if what := pulse.what_ended(error):
+                    raise RankError(
+                        f"{what}: the run has ended at step {self.state.global_step}, and {_kept(output)}"
+                    ) from error
+                raise
         if self.stopped_by is None and self.args.should_save:
             self._keep_the_best_alone(Path(output))
         if self.stopped_by is None and self._signals.noted:
@@ -321,11 +329,14 @@ class CheckpointingTrainer(Trainer):
             if self.args.should_save and left is None:
                 with suppress(OSError):
                     close_aside(run)
-            intact, _ = newest_intact(run)
             free = f" with {shutil.disk_usage(run).free / 1e9:.1f} GB free" if run.is_dir() else ""
-            rest = f"the newest intact checkpoint is {intact}" if intact else "there is no intact checkpoint"
-            rest = f"it is whole in {left}" if left else rest
+            rest = f"it is whole in {left}" if left else _kept(run)
             raise CheckpointError(f"cannot save {what}{free} ({causes[0]}); {rest}") from failure
+
+
+def _kept(run: Path | str) -> str:
+    intact, _ = newest_intact(Path(run))
+    return f"the newest intact checkpoint is {intact}" if intact else "there is no intact checkpoint"
 
 
 class _Stop(Exception):

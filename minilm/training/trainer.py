@@ -25,7 +25,7 @@ from minilm.objectives.loss import MiniLMLoss
 from minilm.objectives.masking import HELD_OUT, Masking
 from minilm.objectives.term import COUNTS, LOSS, Objective, Unit
 from minilm.training.arguments import check_arguments, check_numbers
-from minilm.training.clock import StepClock
+from minilm.training.clock import StepClock, plausible
 from minilm.training.finite import GRADIENTS, WEIGHTS, FiniteWatch, all_finite, named_terms
 from minilm.training.model import DistillationModel, as_objective
 from minilm.training.progress import DistillationProgress
@@ -343,7 +343,7 @@ class DistillationTrainer(RatesTrainer):
                 unit = "tokens" if tokens else "images" if images else "sequences"
                 logs[f"{unit}_per_second"] = round((tokens or sequences) / seconds, 1)
             self._reset_sums()
-        super().log(logs, start_time)
+        super().log(plausible(logs), start_time)
 
     def _reset_sums(self) -> None:
         self._sums = {}
