@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import string
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from tiny_text import tiny_tokenizer
 
 from minilm.data.faults import DataError
+from minilm.data.formats import _Raw
 from minilm.data.streams import TextStream
 
 Batch = dict[str, Any]
@@ -321,6 +323,27 @@ def test_a_file_that_is_deleted_is_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "0.txt").unlink()
     with pytest.raises(DataError, match=r"cannot read '.*0\.txt' at row .*: No such file or directory"):
         next(iter(texts))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_slow_storage_changes_nothing_but_the_time(
+    tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read gives a few bytes after a while; the workers read ahead while a step is taken."""
+    source = write(tmp_path / "a", 30, 30)
+    options: dict[str, Any] = {"num_workers": num_workers, "shuffle_buffer": 4}
+    expected = take(iter(stream(source, **options).loader()), 12)
+    reads = []
+
+    def slow(self: _Raw, buffer: Any) -> int:
+        reads.append(time.sleep(0.005))
+        chunk = self._stream.read(min(16, len(buffer)))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    monkeypatch.setattr(_Raw, "readinto", slow)
+    assert_same(take(iter(stream(source, **options).loader()), 12), expected)
+    assert len(reads) > 10
 
 
 @pytest.mark.parametrize("change", [-8, 8])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from minilm.errors import UsageError
 
@@ -15,20 +16,29 @@ def fingerprint_hub(name: str, config: str | None) -> str:
     return str(datasets.load_dataset_builder(name, name=config).hash)
 
 
+class CacheError(OSError):
+    """The cache of `datasets` cannot be written, or holds a damaged file: one sentence with its folder."""
+
+
 @contextmanager
 def cache_faults() -> Iterator[None]:
     """Around what writes to the cache of `datasets`, and reads nothing but it."""
     try:
         yield
-    except OSError as error:
+    except CacheError:
+        raise
+    except (OSError, pa.ArrowException) as error:
         raise cache_error(error) from error
 
 
-def cache_error(error: OSError) -> OSError:
-    return OSError(
-        f"cannot write to the cache folder {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}): set "
-        "HF_DATASETS_CACHE or HF_HOME to another"
-    )
+def cache_error(error: OSError | pa.ArrowException) -> CacheError:
+    folder = datasets.config.HF_DATASETS_CACHE
+    if isinstance(error, OSError) and error.errno is not None:
+        what = f"cannot write to the cache folder {folder} ({error.strerror})"
+    else:  # of Arrow, which has no number
+        what = f"a file in the cache folder {folder} is damaged ({' '.join(str(error).split())})"
+        return CacheError(f"{what}: remove the folder, or set HF_DATASETS_CACHE or HF_HOME to another")
+    return CacheError(f"{what}: set HF_DATASETS_CACHE or HF_HOME to another")
 
 
 def load_train_split(source: str, builder: str, **options: Any) -> Any:

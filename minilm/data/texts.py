@@ -119,14 +119,14 @@ def split_texts(
     columns = (text_column,) if pair_column is None else (text_column, pair_column)
     loaded = [_load(source, chosen, config, columns, on_bad_record == "skip") for source, chosen in found.items()]
     texts, bad_records = [part.texts for part in loaded], sum(part.bad_records for part in loaded)
-    if shares is None:
-        parts = [split_heldout(_concatenated(texts))]
-    else:
-        parts = [
-            split_heldout(some, max(1, round(share * HELDOUT_MAX))) for some, share in zip(texts, shares, strict=True)
-        ]
-    heldout = datasets.concatenate_datasets([part for _, part in parts])
-    trains = [without_copies(train, heldout) for train, _ in parts]
+    with cache_faults():
+        if shares is None:
+            parts = [split_heldout(_concatenated(texts))]
+        else:
+            sizes = [max(1, round(share * HELDOUT_MAX)) for share in shares]
+            parts = [split_heldout(some, size) for some, size in zip(texts, sizes, strict=True)]
+        heldout = datasets.concatenate_datasets([part for _, part in parts])
+        trains = [without_copies(train, heldout) for train, _ in parts]
     copies = sum(len(train) - len(rest) for (train, _), rest in zip(parts, trains, strict=True))
     return Texts(trains, heldout, copies, shares, bad_records)
 

@@ -96,7 +96,8 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             close_aside(Path(output))
         self.stopped_by = self._saved_step = None
-        with Signals() as self._signals, Pulse() as pulse, self._without_the_trainers_removal():
+        pulse = Pulse(self.args.ddp_timeout_delta)
+        with Signals() as self._signals, pulse, self._without_the_trainers_removal():
             try:
                 result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             except (DataError, NonFiniteError):

@@ -6,6 +6,7 @@ once or when `--ddp_timeout` is over. Which rank it was the network's library do
 
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 from torch import distributed
@@ -18,16 +19,24 @@ class RankError(Exception):
 
 
 class Pulse:
-    """While entered, this rank's pulse beats, in a thread of its own; nothing is done where there is one rank."""
+    """While entered, this rank's pulse beats, in a thread of its own; nothing is done where there is one rank.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: of what the ranks exchange. transformers does not pass it on to ranks without a GPU.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._timeout = timeout
         self._ranks, self._stopped = 1, threading.Event()
         self._store: Any = None
 
     def __enter__(self) -> "Pulse":
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             self._ranks = distributed.get_world_size()
-            self._store = distributed.distributed_c10d._get_default_store().clone()
+            if distributed.get_backend() == "gloo":
+                distributed.distributed_c10d._set_pg_timeout(self._timeout)
+            store: Any = distributed.distributed_c10d._get_default_store()
+            self._store = store.clone()
             threading.Thread(target=self._beat, args=(distributed.get_rank(),), daemon=True).start()
         return self
 
