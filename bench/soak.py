@@ -60,13 +60,8 @@ def save_teacher(folder: Path) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast: Any = PreTrainedTokenizerFast
     fast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 32,
-    }
-    BertModel(BertConfig(vocab_size=len(vocabulary), intermediate_size=32, **sizes)).save_pretrained(folder)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), num_hidden_layers=3, **sizes)).save_pretrained(folder)
     return str(folder)
 
 
