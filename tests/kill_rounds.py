@@ -85,6 +85,7 @@ def rounds_of(folder: Path, count: int, seed: int, modes: list[str]) -> dict[str
             if status:
                 killed += 1
                 found[where(output)] += 1
+                print(f"{killed} of {count}: {mode}, {where(output)}", file=sys.stderr, flush=True)
             if (output / METRICS).exists():
                 break
         compare(undisturbed_run, output)
