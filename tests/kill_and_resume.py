@@ -41,8 +41,14 @@ class KillAt(TrainerCallback):
 
 def in_a_child(argv: list[str], kill_at: int | None) -> int:
     """Exit status of `minilm-train argv`, as `os.waitpid` gives it."""
+    return os.waitpid(forked(argv, kill_at), 0)[1]
+
+
+def forked(argv: list[str], kill_at: int | None) -> int:
+    """The id of a process, of a group of its own, that runs `minilm-train argv`."""
     if child := os.fork():
-        return os.waitpid(child, 0)[1]
+        return child
+    os.setpgid(0, 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if kill_at is not None:
         initialise = distill.DistillationTrainer.__init__

@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from minilm.training import signals
+from minilm.training import ranks, signals
 from minilm.training.checkpoints import CheckpointError, CheckpointingTrainer
 from minilm.training.folders import INCOMPLETE, open_aside
+from minilm.training.ranks import RankError
 from minilm.training.runs import MANIFEST, check_same_run, checkpoints_of, find_fault, newest_intact, starting_point
 
 STEPS = 8
@@ -594,7 +595,7 @@ def test_the_state_of_other_ranks_is_refused(copied: Path) -> None:
         make(copied).train(str(copied / "checkpoint-4"))
 
 
-def test_two_ranks_stop_together_continue_and_fail_together(tmp_path: Path) -> None:
+def test_two_ranks_stop_together_continue_fail_together_and_name_one_that_hangs(tmp_path: Path) -> None:
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -604,12 +605,17 @@ def test_two_ranks_stop_together_continue_and_fail_together(tmp_path: Path) -> N
     ]
     run = process(*launcher, __file__, str(tmp_path), "ranks")
     _, err = run.communicate(timeout=100)
-    assert run.returncode == 0, err[-3000:]
+    assert run.returncode == 1, err[-3000:]
+    assert (tmp_path / "told.txt").read_text() == (
+        "of the 2 ranks rank 1 has ended, or does not answer any more: the run has ended at step 3, and the newest "
+        f"intact checkpoint is {tmp_path / 'hung' / 'checkpoint-2'}"
+    )
+    assert names(tmp_path / "hung") == ["checkpoint-2"]
 
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [rank["stopped"] for rank in ranks] == [["SIGTERM", 5]] * 2  # only the second got the signal
-    assert [rank["continued"] for rank in ranks] == [[True, True]] * 2
-    for rank in ranks:
+    said = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["stopped"] for rank in said] == [["SIGTERM", 5]] * 2  # only the second got the signal
+    assert [rank["continued"] for rank in said] == [[True, True]] * 2
+    for rank in said:
         assert rank["failure"].startswith(f"cannot save {tmp_path / 'failed' / 'checkpoint-2'} with ")
         assert "No space left on device" in rank["failure"]  # only the second could not write
         assert rank["failure"].endswith("; there is no intact checkpoint")
@@ -634,7 +640,7 @@ def two_ranks(folder: Path) -> None:
     continued = make(folder / "stopped")
     continued.train(str(starting_point(folder / "stopped", "auto")))
     same = all(a.equal(b) for a, b in zip(end_of(whole), end_of(continued), strict=True))
-    failing = make(folder / "failed")
+    failing, save = make(folder / "failed"), torch.save
     if rank:
         torch.save = full
     try:
@@ -648,7 +654,14 @@ def two_ranks(folder: Path) -> None:
         "failure": failure,
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(said))
-    failing.accelerator.end_training()
+    torch.save, ranks.SILENT_SECONDS = save, 2.0
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    try:
+        make(folder / "hung", *([AtStep(3, kill(signal.SIGSTOP))] if rank else []), ddp_timeout=5).train()
+    except RankError as error:
+        (folder / "told.txt").write_text(str(error))
+        os.kill(int((folder / "pid1").read_text()), signal.SIGKILL)  # the launcher would wait half a minute
+        os._exit(1)
 
 
 def main(folder: Path, mode: str, *options: str) -> int:

@@ -304,6 +304,28 @@ def test_weights_whose_sum_overflows_are_shares_all_the_same(tmp_path: Path) -> 
     assert mixing_shares(["a", "b"], [1e308, 1e308]) == [0.5, 0.5]
 
 
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    """Each of its files, emptied or cut off."""
+    (tmp_path / "lines.txt").write_text("".join(f"line {number}\n" for number in range(60)), encoding="utf-8")
+
+    def load() -> None:
+        load_splits([str(tmp_path / "lines.txt")], tiny_tokenizer(), 16)
+
+    load()
+    files = list((tmp_path / "cache").rglob("*.arrow"))
+    assert len(files) == 5  # texts, two lists of rows, two of tokens
+    for file in files:
+        content = file.read_bytes()
+        for kept in (0, len(content) // 2, -1):
+            file.write_bytes(content[:kept])
+            with pytest.raises(
+                OSError, match=r"a file in the cache folder .*cache is damaged \(.*\): remove the folder"
+            ):
+                load()
+        file.write_bytes(content)
+    load()
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_lines(tmp_path / "a.txt", "one", "two")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(file / "cache"))

@@ -10,8 +10,8 @@ import torch
 from tiny_models import tiny_model
 from transformers import ViTImageProcessor
 
+from minilm.data.faults import DataError
 from minilm.data.images import load_images, stack_images
-from minilm.data.reading import DataError
 
 Image = pytest.importorskip("PIL.Image")
 

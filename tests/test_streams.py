@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import string
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 import torch
 from tiny_text import tiny_tokenizer
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
+from minilm.data.formats import _Raw
 from minilm.data.streams import TextStream
 
 Batch = dict[str, Any]
@@ -263,7 +265,8 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
 
 def test_a_reader_that_never_finds_a_text_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = stream(write(tmp_path / "a", 30))
-    (tmp_path / "a" / "0.txt").write_text("\n" * 40, encoding="utf-8")
+    file = tmp_path / "a" / "0.txt"
+    file.write_text("\n" * file.stat().st_size, encoding="utf-8")
     with pytest.raises(ValueError, match="reader 0 of 1 found no text in 100 passes over 1 files"):
         next(iter(texts))
 
@@ -319,6 +322,46 @@ def test_a_file_that_is_deleted_is_named(tmp_path: Path) -> None:
     texts = stream(write(tmp_path / "a", 30))
     (tmp_path / "a" / "0.txt").unlink()
     with pytest.raises(DataError, match=r"cannot read '.*0\.txt' at row .*: No such file or directory"):
+        next(iter(texts))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_slow_storage_changes_nothing_but_the_time(
+    tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read gives a few bytes after a while; the workers read ahead while a step is taken."""
+    source = write(tmp_path / "a", 30, 30)
+    options: dict[str, Any] = {"num_workers": num_workers, "shuffle_buffer": 4}
+    expected = take(iter(stream(source, **options).loader()), 12)
+    reads = []
+
+    def slow(self: _Raw, buffer: Any) -> int:
+        reads.append(time.sleep(0.005))
+        chunk = self._stream.read(min(16, len(buffer)))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    monkeypatch.setattr(_Raw, "readinto", slow)
+    assert_same(take(iter(stream(source, **options).loader()), 12), expected)
+    assert len(reads) > 10
+
+
+@pytest.mark.parametrize("change", [-8, 8])
+def test_a_file_that_changes_under_a_run_is_told_before_half_a_text_is_trained_on(
+    tmp_path: Path, change: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut off, or added to, while a block is read; and between two passes."""
+    monkeypatch.setattr("minilm.data.formats.ROWS_AT_ONCE", 4)
+    texts = stream(write(tmp_path / "a", 60), shuffle_buffer=4, batch_size=2)
+    file = tmp_path / "a" / "0.txt"
+    whole = file.read_bytes()
+    reading = iter(texts)
+    assert len(take(reading, 2)) == 2
+    file.write_bytes(whole[:change] if change < 0 else whole + b"a" * change)
+    told = rf"0\.txt' has changed since it was first read: it had {len(whole)} bytes, and has {len(whole) + change} now"
+    with pytest.raises(DataError, match=told):
+        next(reading)
+    with pytest.raises(DataError, match=told):
         next(iter(texts))
 
 

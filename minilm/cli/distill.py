@@ -226,6 +226,8 @@ def _train(run: Run) -> str | None:
         trainer.end()
         return None
     seconds = time.perf_counter() - start
+    if bad := trainer.bad_records():
+        run.metrics["data"]["bad_records"] = bad
     # The embedding's term has files of its own, which the trainer writes.
     sentences = run.sentences if run.metrics["sentence_files"] and not embedding else None
     trainer.save_student(sentences.copy_to if sentences else lambda folder: None)

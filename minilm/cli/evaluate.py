@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         if missing := not_installed(NEEDED, "eval"):
             return fail(PROGRAM, missing, 1)
-        from minilm.data.reading import DataError
+        from minilm.data.faults import DataError
         from minilm.training.folders import OccupiedError
 
         try:

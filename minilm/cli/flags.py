@@ -112,6 +112,13 @@ class DataArguments:
         metadata=_about("Column with a second text, which follows the first one in its sequence.", "COLUMN"),
     )
     image_column: str = field(default="image", metadata=_about("Column with the image.", "COLUMN"))
+    on_bad_record: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata=_about(
+            "At a row that cannot be read (not UTF-8, no JSON, fields too many, no text in the column): stop with its "
+            "place, or pass over it; the report then counts such rows. A run that has stopped may go on with skip."
+        ),
+    )
     streaming: bool = field(
         default=False,
         metadata=_about("Read the data as they come, without indexing them first; needs --max_steps."),

@@ -32,7 +32,7 @@ _MAY_CHANGE = """
     log_level log_level_replica log_on_each_node include_num_input_tokens_seen disable_tqdm report_to run_name
     project skip_memory_metrics debug trackio_space_id trackio_bucket_id trackio_static_space_id save_strategy
     save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint push_to_hub hub_token
-    hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision on_bad_record
 """
 # Told by what they come to: weights, sizes, the numbers of layers, the loss, the content of the data.
 _TOLD_OTHERWISE = """
@@ -57,7 +57,7 @@ def run_identity(
         "teacher_sizes": sizes(teacher),
         "teacher_layer": resolve_layer(teacher, arguments.model.teacher_layer),
         **objective.identity,
-        **{name: value for name, value in own.items() if name not in TOLD_OTHERWISE},
+        **{name: value for name, value in own.items() if name not in TOLD_OTHERWISE | MAY_CHANGE},
         **{name: value for name, value in theirs.items() if name not in MAY_CHANGE},
         "sequences_per_step": at_once * training.gradient_accumulation_steps,
         **({"sequences_at_once": at_once} if _order_depends_on_batch(training, arguments.data.streaming) else {}),

@@ -62,13 +62,15 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
     if not isinstance(processor, PreTrainedTokenizerBase):
         _check_image_flags(arguments)
         found = {source: find_images(source) for source in arguments.data.data or []}
-        (train, heldout), copies, max_length = _images(arguments.data, processor, found), 0, None
+        (train, heldout), copies, bad, max_length = _images(arguments.data, processor, found), 0, 0, None
         collator: Collator = stack_images
     else:
         pairs = arguments.data.text_pair_column is not None
         max_length = resolve_length(teacher, processor, arguments.data.max_length, pairs=pairs)
         found = find_sources(arguments.data.data or [])
-        (train, heldout, copies), tokenizer, vocabulary = _texts(arguments, own, processor, max_length, found, named)
+        (train, heldout, copies), tokenizer, vocabulary, bad = _texts(
+            arguments, own, processor, max_length, found, named
+        )
         collator = _collator(tokenizer, max_length)
     packing = arguments.data.packing
     sequences = None if isinstance(train, TextStream) else len(train)
@@ -87,6 +89,8 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         description["vocabulary"] = {"kept": len(vocabulary.kept), "of": vocabulary.whole, "share": vocabulary.share}
     if copies:
         description["copies_left_out"] = copies
+    if bad:
+        description["bad_records"] = bad
     if files := {source: str(chosen) for source, chosen in found.items() if chosen and Path(source).is_dir()}:
         description["files"] = files  # of each folder what was read and left out
     fingerprint = fingerprint_texts(own) if arguments.demo else _fingerprint(arguments.data, found)
@@ -103,6 +107,7 @@ class _Tokenised(NamedTuple):
     splits: tuple[datasets.Dataset | TextStream, datasets.Dataset, int]  # to train on, held out, copies left out
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary | None
+    bad_records: int = 0
 
 
 def _texts(
@@ -129,7 +134,7 @@ def _texts(
         vocabulary = choose_vocabulary(tokenizer, counts, size, named)
         tokenizer = cut_tokenizer(tokenizer, vocabulary.kept)
     if texts:
-        return _Tokenised(texts.tokenize(tokenizer, max_length), tokenizer, vocabulary)
+        return _Tokenised(texts.tokenize(tokenizer, max_length), tokenizer, vocabulary, texts.bad_records)
     stream = _stream(arguments, tokenizer, max_length, found)
     return _Tokenised((stream, tokenize(stream.heldout, tokenizer, max_length), 0), tokenizer, vocabulary)
 
@@ -147,6 +152,7 @@ def _indexed(data: DataArguments, own: list[str], found: Found) -> Texts:
         pair_column=data.text_pair_column,
         weights=data.data_weights,
         found=found,
+        on_bad_record=data.on_bad_record,
     )
 
 
@@ -173,6 +179,7 @@ def _stream(
         text_column=data.text_column,
         weights=data.data_weights,
         found=found,
+        on_bad_record=data.on_bad_record,
         **{**settings, **other},
     )
 
@@ -182,6 +189,8 @@ def _check_image_flags(arguments: Arguments) -> None:
     for flag in ("streaming", "packing", "data_weights", "max_length", "text_pair_column", "student_vocabulary"):
         if flags[flag]:
             raise UsageError(f"--{flag} is for texts, and the teacher takes images")
+    if arguments.data.on_bad_record != "stop":
+        raise UsageError(f"--on_bad_record {arguments.data.on_bad_record} is for texts, and the teacher takes images")
 
 
 def _images(

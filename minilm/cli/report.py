@@ -191,7 +191,8 @@ def _what_was_done(metrics: Metrics) -> str:
 def _data(data: Metrics) -> str:
     count = f"{data['train_sequences']:,} {data['unit']} of " if data["train_sequences"] else "a stream of "
     length = f", up to {data['max_length']} tokens" if data["max_length"] else ""
-    return f"{count}{data['name']}, {data['heldout_sequences']:,} more held out{length}{_vocabulary(data)}"
+    bad = f"; {data['bad_records']:,} rows that cannot be read passed over" if "bad_records" in data else ""
+    return f"{count}{data['name']}, {data['heldout_sequences']:,} more held out{length}{_vocabulary(data)}{bad}"
 
 
 def _vocabulary(data: Metrics) -> str:

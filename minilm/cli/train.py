@@ -41,9 +41,10 @@ def _run(argv: Sequence[str] | None) -> int:
     from minilm.cli.distill import dry_run, prepare, train
     from minilm.cli.report import overview
     from minilm.cli.stages import stages
-    from minilm.data.reading import DataError
+    from minilm.data.faults import DataError
     from minilm.errors import NonFiniteError
     from minilm.training.checkpoints import CheckpointError
+    from minilm.training.ranks import RankError
 
     main_process = arguments.training.should_save
     try:
@@ -77,7 +78,7 @@ def _run(argv: Sequence[str] | None) -> int:
         run.trainer.end()
     except _RefusedError as error:
         return fail(PROGRAM, str(error), error.code)
-    except (CheckpointError, DataError, NonFiniteError) as error:
+    except (CheckpointError, DataError, NonFiniteError, RankError) as error:
         return fail(PROGRAM, str(error), 1)
     return 0
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from minilm.data.reading import KINDS, OPENERS, kind_of
+from minilm.data.formats import OPENERS
+from minilm.data.reading import KINDS, kind_of
 from minilm.errors import UsageError, reason
 
 _TRAIN, _EVAL = ("train", "training"), ("test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation")

@@ -16,9 +16,10 @@ import torch
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch import Tensor
 
+from minilm.data.cache import load_train_split
+from minilm.data.faults import DataError, faults_at
 from minilm.data.files import Chosen, training_files, walk
-from minilm.data.reading import DataError, faults_at
-from minilm.data.texts import Found, load_train_split, split_heldout
+from minilm.data.texts import Found, split_heldout
 from minilm.errors import UsageError
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilm.data.reading import DataError, faults_at, is_number, kind_of, lines_of
+from minilm.data.faults import DataError, faults_at
+from minilm.data.formats import is_number, lines_of
+from minilm.data.reading import kind_of
 from minilm.errors import UsageError
 
 

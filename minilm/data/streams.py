@@ -21,7 +21,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import datasets
@@ -30,13 +30,15 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from minilm.data.faults import DataError
 from minilm.data.packing import Packer, PackingCollator, Row, row_features
-from minilm.data.reading import DataError
+from minilm.data.passes import CHOICE, Position, Source
 from minilm.data.shards import Shard, shards_of
 from minilm.data.texts import (
     HELDOUT_MAX,
     HELDOUT_SHARE,
     Found,
+    OnBadRecord,
     find_sources,
     heldout_size,
     mixing_shares,
@@ -45,71 +47,8 @@ from minilm.errors import UsageError
 
 TEXTS_AT_ONCE = 32  # tokenised together for packing
 CHOICES_AT_ONCE = 1024  # of the source, from one generator
-MAX_EMPTY_PASSES = 100  # a reader may be dealt empty files in one pass, hardly in a hundred
-SHARDS, BLOCK, CHOICE = 0, 1, 2  # what a generator is for, first in its seed
 
 Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a reader is in a source: where its block begins, in the order of the pass, and how far in it is."""
-
-    epoch: int = 0  # passes over the source that are finished
-    block: int = 0
-    shard: int = 0
-    row: int = 0
-    seen: int = 0  # texts of the pass before the block, those of other readers included
-    index: int = 0  # texts of the block that were yielded
-
-
-class Source:
-    """The texts of one source for one reader, endless. `position` is all its state."""
-
-    def __init__(
-        self, shards: list[Shard], seed: int, number: int, reader: int, readers: int, buffer: int, position: Position
-    ) -> None:
-        self.shards = shards
-        self.seed = seed
-        self.number = number
-        self.reader = reader
-        self.readers = readers
-        self.buffer = buffer
-        self.position = position
-
-    def __iter__(self) -> Iterator[str]:
-        empty_passes = 0
-        while empty_passes < MAX_EMPTY_PASSES:
-            empty = self.position == Position(self.position.epoch)
-            rest = self._rest_of_pass()
-            while block := list(itertools.islice(rest, self.buffer)):
-                empty = False
-                seed = [BLOCK, self.seed, self.number, self.position.epoch, self.reader, self.position.block]
-                order = np.random.default_rng(seed).permutation(len(block))
-                for place in order[self.position.index :]:
-                    self.position = replace(self.position, index=self.position.index + 1)
-                    yield block[place][0]
-                self.position = replace(block[-1][1], block=self.position.block + 1)
-            self.position = Position(self.position.epoch + 1)
-            empty_passes = empty_passes + 1 if empty else 0
-        raise DataError(
-            f"reader {self.reader} of {self.readers} found no text in {empty_passes} passes over {len(self.shards)} "
-            "files: take fewer data loader workers"
-        )
-
-    def _rest_of_pass(self) -> Iterator[tuple[str, Position]]:
-        """This reader's texts from the block's beginning on, each with the position behind it."""
-        start = self.position
-        order = np.random.default_rng([SHARDS, self.seed, self.number, start.epoch]).permutation(len(self.shards))
-        dealt = len(self.shards) >= self.readers
-        if dealt:
-            order = order[self.reader :: self.readers]
-        seen = start.seen
-        for place in range(start.shard, len(order)):
-            for text, row in self.shards[order[place]].texts(start.row if place == start.shard else 0):
-                seen += 1
-                if dealt or seen % self.readers == self.reader:
-                    yield text, Position(start.epoch, shard=place, row=row, seen=seen)
 
 
 class Parts(NamedTuple):
@@ -118,6 +57,7 @@ class Parts(NamedTuple):
     heldout: list[str]
     shards: list[Shard]
     left: float
+    bad: int  # rows that could not be read, before the last held-out text
 
 
 class TextStream(IterableDataset[Batch]):
@@ -131,7 +71,8 @@ class TextStream(IterableDataset[Batch]):
     with the column "text". Of `heldout` texts each source gives its share (by weight, else equal parts), but a source
     found to be shorter than 20 times that only one text in twenty. Copies of them are passed over.
 
-    Every file is opened, and its first rows are tried, before anything is read for training.
+    Every file is opened, and its first rows are tried, before anything is read for training. In "stream_state" stands
+    how many rows of the first pass the reader has passed over, "bad"; `heldout_bad` are those among the held-out texts.
 
     Args:
         sources, config, text_column: as for `minilm.data.texts.load_texts`.
@@ -145,7 +86,7 @@ class TextStream(IterableDataset[Batch]):
         rank, world_size: of the process among those that train together.
         num_workers: of the loader.
         heldout: how many texts to hold out.
-        found: as for `minilm.data.texts.load_splits`.
+        found, on_bad_record: as for `minilm.data.texts.split_texts`. A stream may go on with another `on_bad_record`.
 
     Raises:
         DataError: from an iteration, what cannot be read; one sentence with the file and the row.
@@ -171,6 +112,7 @@ class TextStream(IterableDataset[Batch]):
         num_workers: int = 0,
         heldout: int = HELDOUT_MAX,
         found: Found | None = None,
+        on_bad_record: OnBadRecord = "stop",
     ) -> None:
         shares = mixing_shares(sources, weights if weights is not None else [1] * len(sources))
         _check_sizes(batch_size=batch_size, shuffle_buffer=shuffle_buffer)
@@ -183,20 +125,20 @@ class TextStream(IterableDataset[Batch]):
         self.rank = rank
         self.num_workers = num_workers
         self.readers = world_size * self._workers
-        files_of = find_sources(sources) if found is None else found
-        shards = [shards_of(source, files, config, text_column) for source, files in files_of.items()]
+        files_of, skip = found or find_sources(sources), on_bad_record == "skip"
+        shards = [shards_of(source, files, config, text_column, skip) for source, files in files_of.items()]
         parts = [
             _hold_out(source, text_column, files, max(1, round(share * heldout)))
             for source, files, share in zip(sources, shards, shares, strict=True)
         ]
         self.heldout = datasets.Dataset.from_dict({"text": [text for part in parts for text in part.heldout]})
+        self.heldout_bad = sum(part.bad for part in parts)
         without = frozenset(self.heldout["text"])
         self._sources = [[shard._replace(without=without) for shard in part.shards] for part in parts]
         self._shares = shares if weights is not None else [1.0]
         if weights is None:
             self._sources = [list(itertools.chain(*self._sources))]
-        lefts = [part.left for part in parts]
-        _check_readers([sum(lefts)] if weights is None else lefts, self.readers)
+        _check_readers([part.left for part in parts], self.readers, mixed=weights is not None)
         self._settings = {
             "sources": list(sources),
             "config": config,
@@ -295,6 +237,7 @@ class TextStream(IterableDataset[Batch]):
                 "batches": batches,
                 "drawn": drawn,
                 "positions": [asdict(source.position) for source in sources],
+                "bad": sum(source.bad for source in sources),
                 "rows": _as_text(closed, packer.rows),
             }
             yield batch
@@ -316,9 +259,9 @@ def _check_sizes(**sizes: int) -> None:
             raise UsageError(f"{name} must be at least 1, not {value}")
 
 
-def _check_readers(lefts: list[float], readers: int) -> None:
-    """Raises `ValueError` if a source has fewer texts left to train on than there are readers."""
-    for left in lefts:
+def _check_readers(lefts: list[float], readers: int, *, mixed: bool) -> None:
+    """Raises `ValueError` if a source, or all that are one, has fewer texts left to train on than there are readers."""
+    for left in lefts if mixed else [sum(lefts)]:
         if left < readers:
             raise UsageError(f"a source has {left} texts to train on, fewer than the stream's {readers} readers")
 
@@ -326,18 +269,29 @@ def _check_readers(lefts: list[float], readers: int) -> None:
 def _hold_out(source: str, column: str, shards: list[Shard], most: int) -> Parts:
     """Takes the first texts of the source out of it: `most`, or one in twenty."""
     enough = int(most / HELDOUT_SHARE)
-    every_text = ((text, index, row) for index, shard in enumerate(shards) for text, row in shard.texts())
+    bad: list[tuple[int, int]] = []
+
+    def texts() -> Iterator[tuple[str, int, int]]:
+        for index, shard in enumerate(shards):
+            for text, row in shard.texts():
+                if isinstance(text, DataError):
+                    bad.append((index, row))
+                else:
+                    yield text, index, row
+
+    every_text = texts()
     ahead = list(itertools.islice(every_text, most))
     ahead += itertools.islice(every_text, enough - len(ahead))
     count = len(ahead)
     if not count:
-        raise UsageError(f"{source!r} holds no text: all rows of its column {column!r} are empty")
+        unread = f", {len(bad)} of them cannot be read" if bad else ""
+        raise UsageError(f"{source!r} holds no text: all rows of its column {column!r} are empty{unread}")
     held = ahead[: heldout_size(count, most)]
     _, last, row = held[-1]
     rest = [shards[last]._replace(first_row=row), *shards[last + 1 :]]
-    texts = [text for text, _, _ in held]
-    left = sum(text not in texts for text, _, _ in ahead)
-    return Parts(texts, rest, left if count < enough else math.inf)
+    heldout = [text for text, _, _ in held]
+    left = sum(text not in heldout for text, _, _ in ahead)
+    return Parts(heldout, rest, left if count < enough else math.inf, sum(place <= (last, row) for place in bad))
 
 
 def _as_text(closed: list[Row], open_rows: list[Row]) -> str:

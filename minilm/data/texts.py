@@ -13,19 +13,21 @@ w_i / sum(w), until every source was seen whole; smaller ones repeat.
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from minilm.data.cache import cache_error, cache_faults, fingerprint_hub, load_train_split
+from minilm.data.faults import DataError
 from minilm.data.files import Chosen, choose_files
 from minilm.data.fingerprints import fingerprint_files
-from minilm.data.reading import KINDS, DataError, kind_of, read_rows
+from minilm.data.reading import KINDS, kind_of, read_rows
 from minilm.errors import UsageError
 
 COLUMNS = ("text", "pair")  # of what is loaded
@@ -33,6 +35,7 @@ FLAGS = ("text_column", "text_pair_column")  # that name where they stand
 HELDOUT_SHARE, HELDOUT_MAX = 0.05, 512  # enough for a mean to two digits, little enough to evaluate often
 
 
+OnBadRecord = Literal["stop", "skip"]  # what is done at a row that cannot be read
 Found = dict[str, Chosen | None]  # the files of each source that are read, None of a name on the hub
 
 
@@ -51,6 +54,7 @@ class Texts(NamedTuple):
     heldout: datasets.Dataset
     copies: int = 0  # of held-out texts, which are left out of training
     shares: list[float] | None = None  # by which the data sets are mixed
+    bad_records: int = 0  # rows that cannot be read, which were passed over
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Splits:
         """Sequences as `tokenize` gives them, mixed. Raises `OSError` if the cache of `datasets` cannot be written."""
@@ -77,7 +81,7 @@ def load_texts(sources: Sequence[str], *, config: str | None = None, text_column
         OSError: the cache of `datasets` cannot be written.
     """
     parts = [_load(source, chosen, config, (text_column,)) for source, chosen in find_sources(sources).items()]
-    return _concatenated(parts)
+    return _concatenated([part.texts for part in parts])
 
 
 def load_splits(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, **where: Any) -> Splits:
@@ -93,6 +97,7 @@ def split_texts(
     pair_column: str | None = None,
     weights: Sequence[float] | None = None,
     found: Found | None = None,
+    on_bad_record: OnBadRecord = "stop",
 ) -> Texts:
     """Texts of the sources, the training ones to be mixed by the weights.
 
@@ -102,6 +107,7 @@ def split_texts(
     Args:
         pair_column: where a second text stands that follows the first one in its sequence.
         found: what `find_sources` has found of the sources, to list no folder twice.
+        on_bad_record: of a file, if the rest of the file can be read all the same; "skip" counts it.
 
     Raises:
         ValueError: as `load_texts`; a number of weights that is not that of the sources, or a weight that is not
@@ -111,17 +117,18 @@ def split_texts(
     shares = None if weights is None else mixing_shares(sources, weights)
     found = find_sources(sources) if found is None else found
     columns = (text_column,) if pair_column is None else (text_column, pair_column)
-    texts = [_load(source, chosen, config, columns) for source, chosen in found.items()]
-    if shares is None:
-        parts = [split_heldout(_concatenated(texts))]
-    else:
-        parts = [
-            split_heldout(some, max(1, round(share * HELDOUT_MAX))) for some, share in zip(texts, shares, strict=True)
-        ]
-    heldout = datasets.concatenate_datasets([part for _, part in parts])
-    trains = [without_copies(train, heldout) for train, _ in parts]
+    loaded = [_load(source, chosen, config, columns, on_bad_record == "skip") for source, chosen in found.items()]
+    texts, bad_records = [part.texts for part in loaded], sum(part.bad_records for part in loaded)
+    with cache_faults():
+        if shares is None:
+            parts = [split_heldout(_concatenated(texts))]
+        else:
+            sizes = [max(1, round(share * HELDOUT_MAX)) for share in shares]
+            parts = [split_heldout(some, size) for some, size in zip(texts, sizes, strict=True)]
+        heldout = datasets.concatenate_datasets([part for _, part in parts])
+        trains = [without_copies(train, heldout) for train, _ in parts]
     copies = sum(len(train) - len(rest) for (train, _), rest in zip(parts, trains, strict=True))
-    return Texts(trains, heldout, copies, shares)
+    return Texts(trains, heldout, copies, shares, bad_records)
 
 
 def without_copies(train: datasets.Dataset, heldout: datasets.Dataset) -> datasets.Dataset:
@@ -236,54 +243,25 @@ def fingerprint_source(source: str, chosen: Chosen | None, config: str | None) -
     return fingerprint_hub(source, config) if chosen is None else fingerprint_files(chosen.files)
 
 
-def fingerprint_hub(name: str, config: str | None) -> str:
-    """The revision of a data set on the hub."""
-    return str(datasets.load_dataset_builder(name, name=config).hash)
-
-
-@contextmanager
-def cache_faults() -> Iterator[None]:
-    """Around what writes to the cache of `datasets`, and reads nothing but it."""
-    try:
-        yield
-    except OSError as error:
-        raise _cache_error(error) from error
-
-
-def _cache_error(error: OSError) -> OSError:
-    return OSError(
-        f"cannot write to the cache folder {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}): set "
-        "HF_DATASETS_CACHE or HF_HOME to another"
-    )
-
-
-def load_train_split(source: str, builder: str, **options: Any) -> Any:
-    """`datasets.load_dataset` with its many errors as one `ValueError` sentence about the source."""
-    try:
-        return datasets.load_dataset(builder, split="train", **options)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        # A name, configuration or split that does not exist, no network, an empty or broken file (then the cause says).
-        cause = error.__cause__ or error
-        cache = Path(datasets.config.HF_DATASETS_CACHE)
-        if isinstance(cause, OSError) and cause.filename and Path(cause.filename).is_relative_to(cache):
-            raise _cache_error(cause) from error
-        reason = " ".join(str(cause).split())
-        here = "" if Path(source).exists() else ", which is no file or folder here, from the hub"
-        raise UsageError(f"cannot load the data {source!r}{here}: {reason}") from error
-
-
 def _concatenated(texts: list[datasets.Dataset]) -> datasets.Dataset:
     return texts[0] if len(texts) == 1 else datasets.concatenate_datasets(texts)
 
 
-def _load(source: str, chosen: Chosen | None, config: str | None, columns: tuple[str, ...]) -> datasets.Dataset:
+class _Loaded(NamedTuple):
+    texts: datasets.Dataset
+    bad_records: int = 0
+
+
+def _load(
+    source: str, chosen: Chosen | None, config: str | None, columns: tuple[str, ...], skip: bool = False
+) -> _Loaded:
     """The column "text", and "pair" where two columns are named."""
     if chosen:
-        return _load_files(source, chosen.files, columns)
-    return _text_of(source, load_train_split(source, source, name=config), columns)
+        return _load_files(source, chosen.files, columns, skip)
+    return _Loaded(_text_of(source, load_train_split(source, source, name=config), columns))
 
 
-def _load_files(source: str, files: Sequence[Path], columns: tuple[str, ...]) -> datasets.Dataset:
+def _load_files(source: str, files: Sequence[Path], columns: tuple[str, ...], skip: bool) -> _Loaded:
     for file in files:
         if len(columns) > 1 and kind_of(file) == "text":
             raise UsageError(
@@ -292,34 +270,42 @@ def _load_files(source: str, files: Sequence[Path], columns: tuple[str, ...]) ->
     # Tuples: of lists `datasets` makes shards. Times and sizes make it read again what has changed.
     stamps = tuple((os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     names = tuple(str(file) for file in files)
+    given = {"source": source, "files": names, "columns": columns, "stamps": stamps, "skip": skip}
     try:
         with cache_faults():
             texts: datasets.Dataset = datasets.Dataset.from_generator(
                 _texts,
                 features=datasets.Features({name: datasets.Value("string") for name in COLUMNS[: len(columns)]}),
-                gen_kwargs={"source": source, "files": names, "columns": columns, "stamps": stamps},
+                gen_kwargs=given,
             )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, OSError):
-            raise _cache_error(error.__cause__) from error
+            raise cache_error(error.__cause__) from error
         raise (error.__cause__ or error) from None
-    return texts
+    bad = texts.data.column("text").null_count
+    return _Loaded(texts.select(np.flatnonzero(texts.data.column("text").is_valid())) if bad else texts, bad)
 
 
-def _texts(source: str, files: tuple[str, ...], columns: tuple[str, ...], stamps: object) -> Iterator[dict[str, str]]:
+def _texts(
+    source: str, files: tuple[str, ...], columns: tuple[str, ...], stamps: object, skip: bool
+) -> Iterator[dict[str, str | None]]:
+    """A row that cannot be read has no text: so it is counted in the cache too."""
     count, rows = 0, 0
     for file in files:
         by_column = (
-            chain.from_iterable(read_rows(Path(file), column, flag=flag))
+            chain.from_iterable(read_rows(Path(file), column, flag=flag, skip=skip))
             for column, flag in zip(columns, FLAGS, strict=False)
         )
-        for texts in zip(*by_column, strict=True):
+        for values in zip(*by_column, strict=True):
             rows += 1
-            if all(text and not text.isspace() for text in texts):
+            texts = [value for value in values if isinstance(value, str) and not value.isspace() and value]
+            if any(isinstance(value, DataError) for value in values):
+                yield dict.fromkeys(COLUMNS[: len(columns)])
+            elif len(texts) == len(columns):
                 count += 1
-                yield dict(zip(COLUMNS, cast(tuple[str, ...], texts), strict=False))
+                yield dict(zip(COLUMNS, texts, strict=False))
     if not count:
-        raise _no_text(source, rows, columns, DataError)
+        raise _no_text(source, rows, columns, DataError, skip)
 
 
 def _text_of(source: str, rows: datasets.Dataset, columns: tuple[str, ...]) -> datasets.Dataset:
@@ -343,6 +329,9 @@ def _text_of(source: str, rows: datasets.Dataset, columns: tuple[str, ...]) -> d
     return texts
 
 
-def _no_text(source: str, rows: int, columns: tuple[str, ...], kind: type[UsageError]) -> UsageError:
+def _no_text(
+    source: str, rows: int, columns: tuple[str, ...], kind: type[UsageError], skip: bool = False
+) -> UsageError:
     named = " or ".join(map(repr, columns))
-    return kind(f"{source!r} holds no text: all {rows} rows of its column {named} are empty")
+    what = "are empty or cannot be read" if skip else "are empty"
+    return kind(f"{source!r} holds no text: all {rows} rows of its column {named} {what}")

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from minilm.data.cache import cache_faults
 from minilm.data.fingerprints import fingerprint_texts
 from minilm.data.streams import TextStream
-from minilm.data.texts import COLUMNS, Texts, cache_faults
+from minilm.data.texts import COLUMNS, Texts
 from minilm.errors import UsageError
 
 COUNTED_AT_ONCE, COUNTED_OF_STREAM = 10_000, 100_000  # texts

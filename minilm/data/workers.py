@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
 
 
 class WorkerDeaths:

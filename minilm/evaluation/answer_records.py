@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
 
 
 def questions_of(records: Dataset, where: str) -> Dataset:

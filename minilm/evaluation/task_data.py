@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, load_dataset
 
+from minilm.data.faults import DataError
 from minilm.data.fingerprints import fingerprint_texts
-from minilm.data.reading import DataError
 from minilm.errors import UsageError, reason
 from minilm.evaluation.answer_records import check_answers, questions_of
 from minilm.evaluation.task_files import read_split, split_files

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
 from datasets.table import InMemoryTable
 
-from minilm.data.reading import DataError, faults_at, json_records, kind_of
+from minilm.data.faults import DataError, faults_at
+from minilm.data.formats import json_records
+from minilm.data.reading import kind_of
 
 _FILE = re.compile(r"(train|test|validation|dev|val|valid)(_[a-z]+)?(-\d+-of-\d+|-v\d)?")
 _VALIDATION = ("dev", "val", "valid")

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, List
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
 from minilm.evaluation.tasks import Task
 
 HIDDEN = -1  # as test splits of GLUE have it

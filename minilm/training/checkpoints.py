@@ -32,11 +32,12 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
 from minilm.errors import NonFiniteError, UsageError
 from minilm.training.folders import INCOMPLETE, STUDENT, close_aside, is_own, make_way, open_aside, publish
 from minilm.training.manifests import RUN, sync, write_manifest
-from minilm.training.runs import checkpoints_of, newest_intact, step_of
+from minilm.training.ranks import Pulse, RankError
+from minilm.training.runs import checkpoints_of, step_of, what_is_intact
 from minilm.training.signals import Signals
 
 # safetensors has an error of its own for what the system refuses; torch.save's is a RuntimeError.
@@ -62,6 +63,7 @@ class CheckpointingTrainer(Trainer):
     Raises (from `train`):
         CheckpointError: on every rank, if one of them could not write; of a checkpoint that would run code when read.
         DataError: from `stop_after_saving`.
+        RankError: another rank has ended, or did not answer within `ddp_timeout`.
         KeyboardInterrupt: at a second Ctrl-C, at once; a second SIGTERM ends the process as it did before `train()`.
             A launcher and a terminal may both pass on one and the same: within a second it does not count twice.
         ValueError: a checkpoint with the state of another number of ranks.
@@ -95,7 +97,8 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             close_aside(Path(output))
         self.stopped_by = self._saved_step = None
-        with Signals() as self._signals, self._without_the_trainers_removal():
+        pulse = Pulse(self.args.ddp_timeout_delta)
+        with Signals() as self._signals, pulse, self._without_the_trainers_removal():
             try:
                 result: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             except UnpicklingError as error:  # of torch's loader of weights alone, by which the Trainer reads all files
@@ -112,6 +115,11 @@ class CheckpointingTrainer(Trainer):
                 self.stopped_by = stop.by
                 self._end_early()
                 result = TrainOutput(self.state.global_step, float("nan"), {})
+            except RuntimeError as error:
+                if what := pulse.what_ended(error):
+                    at = f"the run has ended at step {self.state.global_step}"
+                    raise RankError(f"{what}: {at}, and {what_is_intact(Path(output))}") from error
+                raise
         if self.stopped_by is None and self.args.should_save:
             self._keep_the_best_alone(Path(output))
         if self.stopped_by is None and self._signals.noted:
@@ -327,10 +335,8 @@ class CheckpointingTrainer(Trainer):
             if self.args.should_save and left is None:
                 with suppress(OSError):
                     close_aside(run)
-            intact, _ = newest_intact(run)
             free = f" with {shutil.disk_usage(run).free / 1e9:.1f} GB free" if run.is_dir() else ""
-            rest = f"the newest intact checkpoint is {intact}" if intact else "there is no intact checkpoint"
-            rest = f"it is whole in {left}" if left else rest
+            rest = f"it is whole in {left}" if left else what_is_intact(run)
             raise CheckpointError(f"cannot save {what}{free} ({causes[0]}); {rest}") from failure
 
 

@@ -4,6 +4,7 @@ import inspect
 from functools import lru_cache
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from minilm.data.sampling import EpochSampler
@@ -51,6 +52,14 @@ class FeedingTrainer(SavingTrainer):
     def note_stream_states(self, states: list[dict[str, Any]]) -> None:
         """Takes down where the readers stood after batches that are about to be trained on."""
         self._stream_states |= {state["reader"]: state for state in states}
+
+    def bad_records(self) -> int:
+        """Rows of the stream that could not be read and were passed over, by all processes; each is counted once."""
+        if not isinstance(self.train_dataset, TextStream):
+            return 0
+        own = sum(state.get("bad", 0) for state in self._stream_states.values())
+        of_all: list[int] = gather_object([own])
+        return self.train_dataset.heldout_bad + sum(of_all)
 
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer asks the wrapper's forward, whose inputs are the student's.

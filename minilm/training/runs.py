@@ -207,6 +207,12 @@ def newest_intact(output: Path, needed: Iterable[str] = ()) -> tuple[Path | None
     return None, faults
 
 
+def what_is_intact(output: Path) -> str:
+    """Which checkpoint `newest_intact` finds, as part of a sentence."""
+    intact, _ = newest_intact(output)
+    return f"the newest intact checkpoint is {intact}" if intact else "there is no intact checkpoint"
+
+
 def find_fault(checkpoint: Path, needed: Iterable[str] = ()) -> str | None:
     """Why a checkpoint cannot be continued from, None if it can. Reads all of its files if it has a manifest."""
     if not (checkpoint / TRAINER_STATE_NAME).is_file():

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from minilm.data.reading import DataError
+from minilm.data.faults import DataError
 from minilm.data.workers import WorkerDeaths, worker_faults
 from minilm.errors import NonFiniteError, UsageError
 from minilm.models.batches import Batch, as_packed, check_batch, count_sequences, count_tokens, model_inputs
@@ -25,12 +25,12 @@ from minilm.objectives.loss import MiniLMLoss
 from minilm.objectives.masking import HELD_OUT, Masking
 from minilm.objectives.term import COUNTS, LOSS, Objective, Unit
 from minilm.training.arguments import check_arguments, check_numbers
-from minilm.training.clock import StepClock
+from minilm.training.clock import StepClock, plausible
 from minilm.training.finite import GRADIENTS, WEIGHTS, FiniteWatch, all_finite, named_terms
 from minilm.training.model import DistillationModel, as_objective
 from minilm.training.progress import DistillationProgress
 from minilm.training.rates import RatesTrainer
-from minilm.training.runs import newest_intact
+from minilm.training.runs import what_is_intact
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -171,8 +171,7 @@ class DistillationTrainer(RatesTrainer):
             raise NonFiniteError(f"{named_terms(bad, self.parts)} NaN or infinite at step {step}{self._what_is_left()}")
 
     def _what_is_left(self) -> str:
-        intact, _ = newest_intact(Path(str(self.args.output_dir)))
-        left = f"the newest intact checkpoint is {intact}" if intact else "there is no checkpoint"
+        left = what_is_intact(Path(str(self.args.output_dir)))
         return f" (learning_rate is {self.args.learning_rate:g}): the run has ended there, and {left}"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -343,7 +342,7 @@ class DistillationTrainer(RatesTrainer):
                 unit = "tokens" if tokens else "images" if images else "sequences"
                 logs[f"{unit}_per_second"] = round((tokens or sequences) / seconds, 1)
             self._reset_sums()
-        super().log(logs, start_time)
+        super().log(plausible(logs), start_time)
 
     def _reset_sums(self) -> None:
         self._sums = {}
