@@ -1,12 +1,9 @@
-"""The sentence embedding, with a dense layer and a projection; as a script, one step of it on each of torchrun's ranks.
-
-python -m torch.distributed.run --nproc_per_node=2 embedding_step.py FOLDER BATCH ACCUMULATION
-"""
+"""The sentence embedding, with a dense layer and a projection, and one step of it."""
 
 from pathlib import Path
 
 import torch
-from one_step import WITH_PARAMETERS, as_script, take_step
+from one_step import WITH_PARAMETERS, take_step
 
 from minilm.models.sentence_modules import Dense, SentenceHead
 from minilm.objectives.embedding import SentenceEmbedding
@@ -23,7 +20,3 @@ def objective() -> Objective:
 
 def one_step(folder: Path, batch: int, accumulation: int) -> None:
     take_step(folder, batch, accumulation, criterion=objective(), **WITH_PARAMETERS).end()
-
-
-if __name__ == "__main__":
-    as_script(one_step)

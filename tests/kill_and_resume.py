@@ -1,20 +1,14 @@
-"""Runs `minilm-train` once as it is and once killed again and again, each time in a process forked from this one.
-
-python kill_and_resume.py FOLDER TEACHER DATA KILLS [flags]
-
-KILLS: steps like 3,8,11; in each of them the process is killed. Prints one JSON object: the exit signals of
-the killed ones, and whether the two students are equal, bit for bit.
-"""
+"""Runs `minilm-train` once as it is and once killed again and again, each time in a process forked from this one."""
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+import datasets
 from transformers import TrainerCallback
 
 from minilm.cli import distill, main
@@ -61,11 +55,18 @@ def forked(argv: list[str], kill_at: int | None) -> int:
     os._exit(main(argv))
 
 
-def run(folder: Path, teacher: str, data: list[str], kills: list[int], flags: list[str]) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def run(folder: Path, teacher: str, data: str, kills: list[int], flags: list[str]) -> dict[str, Any]:
+    """The exit signals of the runs, and whether the two students are equal, bit for bit.
+
+    Args:
+        kills: in each of these steps the process is killed.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
     gc.freeze()  # what the imports made: each run collects garbage when it begins
     distill.SPEED_SECONDS = 0.01
-    argv = ["--teacher", teacher, "--data", *data, *COMMON, *flags]
+    argv = ["--teacher", teacher, "--data", data, *COMMON, *flags]
     whole, broken = folder / "whole", folder / "broken"
     ends = [in_a_child([*argv, "--output_dir", str(whole)], None)]
     again: list[str] = []
@@ -80,8 +81,3 @@ def run(folder: Path, teacher: str, data: list[str], kills: list[int], flags: li
     losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
     resumed_from = json.loads((broken / "metrics.json").read_text())["steps_before_resuming"]
     return {"ends": ends, "equal": students[0] == students[1], "losses": losses, "resumed_from": resumed_from}
-
-
-if __name__ == "__main__":
-    place, teacher, data, kills, *flags = sys.argv[1:]
-    print(json.dumps(run(Path(place), teacher, data.split(","), [int(k) for k in kills.split(",")], flags)))

@@ -1,13 +1,10 @@
-"""Two steps of the systems that mask; as a script on each rank that torchrun starts.
-
-python -m torch.distributed.run --nproc_per_node=2 masked_step.py FOLDER BATCH ACCUMULATION
-"""
+"""Two steps of the systems that mask."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from one_step import DEFAULTS, LENGTHS, NO_DROPOUT, as_script, sequences
+from one_step import DEFAULTS, LENGTHS, NO_DROPOUT, sequences
 from tiny_models import tiny_model
 from tiny_text import tiny_tokenizer
 from transformers import DataCollatorWithPadding, TrainingArguments
@@ -64,7 +61,3 @@ def two_steps(folder: Path, batch: int, accumulation: int) -> None:
             (folder / system / "log.json").write_text(json.dumps(logged))
         run.accelerator.wait_for_everyone()
     run.end()
-
-
-if __name__ == "__main__":
-    as_script(two_steps)

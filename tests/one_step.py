@@ -1,11 +1,6 @@
-"""Trainers for tests on a handful of random sequences; as a script, one step of it on each rank that torchrun starts.
+"""Trainers for tests on a handful of random sequences, and one step of them."""
 
-python -m torch.distributed.run --nproc_per_node=2 one_step.py FOLDER BATCH ACCUMULATION
-"""
-
-import gc
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +9,6 @@ import torch
 from tiny_models import VOCABULARY, tiny_model
 from tiny_text import tiny_tokenizer
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
-from two_ranks import Step
 
 from minilm import MiniLMLoss
 from minilm.models.students import build_student
@@ -98,13 +92,3 @@ def take_step(folder: Path, batch: int, accumulation: int, **options: Any) -> Di
 
 def one_step(folder: Path, batch: int, accumulation: int) -> None:
     take_step(folder, batch, accumulation).end()
-
-
-def as_script(step: Step) -> None:
-    """With the arguments FOLDER BATCH ACCUMULATION."""
-    step(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    gc.collect()  # what still holds gloo's group when the interpreter ends makes it abort
-
-
-if __name__ == "__main__":
-    as_script(one_step)

@@ -1,12 +1,9 @@
-"""A term of the tests' own; as a script, one step of it on each rank that torchrun starts, and a resume from there.
-
-python -m torch.distributed.run --nproc_per_node=2 own_term.py FOLDER BATCH ACCUMULATION
-"""
+"""A term of the tests' own, one step of it, and a resume from there."""
 
 from pathlib import Path
 
 import torch
-from one_step import WITH_PARAMETERS, as_script, take_step
+from one_step import WITH_PARAMETERS, take_step
 from torch import Tensor, nn
 
 from minilm import MiniLMLoss
@@ -50,7 +47,3 @@ def one_step(folder: Path, batch: int, accumulation: int) -> None:
     assert torch.equal(run.terms[1].projection.weight, saved)
     assert not torch.equal(saved, torch.eye(32))
     run.end()
-
-
-if __name__ == "__main__":
-    as_script(one_step)

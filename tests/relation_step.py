@@ -1,14 +1,11 @@
-"""One step of Sentence Transformers' Trainer with the relation loss; as a script, on each rank that torchrun starts.
-
-python -m torch.distributed.run --nproc_per_node=2 relation_step.py FOLDER BATCH ACCUMULATION
-"""
+"""One step of Sentence Transformers' Trainer with the relation loss."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
-from one_step import DEFAULTS, NO_DROPOUT, as_script
+from one_step import DEFAULTS, NO_DROPOUT
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -39,7 +36,3 @@ def one_step(folder: Path, batch: int, accumulation: int) -> None:
     if run.args.should_save:
         (folder / "log.json").write_text(json.dumps(run.state.log_history[0]["loss"]))
     run.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    as_script(one_step)

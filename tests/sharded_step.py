@@ -1,14 +1,11 @@
-"""A step with `own_term` on ranks that hold student and term in shards (FSDP2).
-
-python -m torch.distributed.run --nproc_per_node=2 sharded_step.py FOLDER BATCH ACCUMULATION
-"""
+"""A step with `own_term` on ranks that hold student and term in shards (FSDP2)."""
 
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from one_step import WITH_PARAMETERS, as_script, take_step
+from one_step import WITH_PARAMETERS, take_step
 from own_term import objective
 
 
@@ -33,7 +30,3 @@ def one_step(folder: Path, batch: int, accumulation: int, **sharding: Any) -> No
 def sharded_step(folder: Path, batch: int, accumulation: int) -> None:
     as_gpus()
     one_step(folder, batch, accumulation, fsdp=True, fsdp_config={"version": 2})
-
-
-if __name__ == "__main__":
-    as_script(sharded_step)

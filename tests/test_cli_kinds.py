@@ -1,8 +1,10 @@
 """Every kind of run trains, logs, is stopped by a signal, goes on, and leaves a student that loads."""
 
 import json
+import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from conftest import CommandLine
 from PIL import Image
+from processes import IMPORTED
 from resuming import each_trainer_with
 from tiny_models import tiny_inputs, tiny_model
 from tiny_text import save_teacher, tiny_tokenizer, write_lines
@@ -115,3 +118,22 @@ def test_it_trains_stops_goes_on_and_loads(
         assert f"student = {auto.__name__}.from_pretrained('out')" in out
         assert "LOAD REPORT" not in out
     assert Path("out/report.md").read_text() in out
+
+
+@pytest.fixture
+def not_forked() -> Iterator[None]:
+    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+    yield
+    multiprocessing.set_start_method(None, force=True)
+
+
+@pytest.mark.usefixtures("not_forked")
+@pytest.mark.parametrize("kind", ["v1", "packed", "stream", "masked words", "vision"])
+def test_the_loaders_workers_need_not_be_forked(tmp_path: Path, command: CommandLine, kind: str) -> None:
+    """As they are not on macOS, nor from Python 3.14 on: what they are given must be picklable."""
+    make, flags = KINDS[kind]
+    data = images(tmp_path / "images") if kind == "vision" else write_lines(tmp_path / "lines.txt", 60)
+    argv = ["--teacher", str(make(tmp_path / "teacher")), "--data", str(data), "--output_dir", "out", *STEPS, *flags]
+    code, _, err = command(*argv, "--dataloader_num_workers", "1", "--max_steps", "2")
+    assert (code, err) == (0, "")

@@ -185,7 +185,7 @@ def test_of_images_there_are_no_sentences() -> None:
 
 
 def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path) -> None:
-    folders = whole_halves_and_ranks("embedding_step.py", tmp_path, one_step)
+    folders = whole_halves_and_ranks(one_step, tmp_path)
     states = []
     for folder in folders:
         term = torch.load(folder / "checkpoint-1" / OBJECTIVE)

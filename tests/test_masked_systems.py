@@ -196,7 +196,7 @@ def test_the_cosine_of_nan_behind_the_mask_and_of_no_token() -> None:
 
 
 def test_one_micro_batch_several_and_two_ranks_take_the_same_steps(tmp_path: Path) -> None:
-    runs = whole_halves_and_ranks("masked_step.py", tmp_path, two_steps)
+    runs = whole_halves_and_ranks(two_steps, tmp_path)
     for system in OPTIONS:
         folders = [folder / system for folder in runs]
         first, *others = [AutoModelForMaskedLM.from_pretrained(folder).state_dict() for folder in folders]

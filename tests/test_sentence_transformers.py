@@ -267,7 +267,7 @@ def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path
     pytest.importorskip("sentence_transformers")
     from relation_step import one_step
 
-    folders = whole_halves_and_ranks("relation_step.py", tmp_path, one_step)
+    folders = whole_halves_and_ranks(one_step, tmp_path)
     first, *others = [load_file(folder / "model.safetensors") for folder in folders]
     start = load_file(tmp_path / "whole" / "start" / "model.safetensors")
     assert sum(not torch.equal(x, start[name]) for name, x in first.items()) > 20

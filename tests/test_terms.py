@@ -8,6 +8,7 @@ import torch
 from one_step import LENGTHS, sequences, trainer
 from own_term import HiddenMSE, objective, one_step
 from sharded_step import one_step as other_step
+from sharded_step import sharded_step
 from test_trainer import StopAt, assert_close, weights
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor
@@ -87,10 +88,10 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
-@pytest.mark.parametrize(("script", "steps"), [("own_term.py", one_step), ("sharded_step.py", other_step)])
-def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path, script: str, steps: Step) -> None:
+@pytest.mark.parametrize(("steps", "on_ranks"), [(one_step, one_step), (other_step, sharded_step)])
+def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path, steps: Step, on_ranks: Step) -> None:
     """Whether a rank holds all or a shard. The former then resume from their own checkpoint: bitwise what they were."""
-    folders = whole_halves_and_ranks(script, tmp_path, steps)
+    folders = whole_halves_and_ranks(steps, tmp_path, on_ranks)
     first, *others = [
         AutoModel.from_pretrained(folder).state_dict() | torch.load(folder / "checkpoint-1" / OBJECTIVE)
         for folder in folders

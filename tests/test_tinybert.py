@@ -86,7 +86,7 @@ def test_all_of_the_student_is_trained_but_its_pooler(tmp_path: Path) -> None:
 
 
 def test_one_micro_batch_several_and_two_ranks_take_the_same_step(tmp_path: Path) -> None:
-    folders = whole_halves_and_ranks("tinybert_step.py", tmp_path, one_step)
+    folders = whole_halves_and_ranks(one_step, tmp_path)
     first, *others = [
         AutoModel.from_pretrained(folder).state_dict() | torch.load(folder / "checkpoint-1" / OBJECTIVE)
         for folder in folders

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from tiny_text import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from two_ranks import on_two_ranks
 
 from minilm import MiniLMLoss, fused_minilm_loss
 from minilm.models.capture import attention_qkv
@@ -102,9 +100,7 @@ def test_a_step_is_the_mean_over_its_sequences(tmp_path: Path, batch: int, accum
 
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     """Twelve sequences, four of them empty, so that the micro-batches and the ranks hold different numbers."""
-    script = [str(Path(__file__).parent / "one_step.py"), str(tmp_path / "two"), "2", "3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, *script], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    on_two_ranks(one_step, tmp_path / "two", 2, 3)
     one_step(tmp_path / "one", 12, 1)
     one, two = (AutoModel.from_pretrained(tmp_path / name) for name in ("one", "two"))
     assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-6)

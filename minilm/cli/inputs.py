@@ -71,7 +71,7 @@ def load_inputs(arguments: Arguments, teacher: PreTrainedModel, processor: Proce
         (train, heldout, copies), tokenizer, vocabulary, bad = _texts(
             arguments, own, processor, max_length, found, named
         )
-        collator = _collator(tokenizer, max_length)
+        collator = _PackedOrPadded(tokenizer, max_length)
     packing = arguments.data.packing
     sequences = None if isinstance(train, TextStream) else len(train)
     if packing and not isinstance(train, TextStream):
@@ -200,12 +200,12 @@ def _images(
     return load_images(data.data, processor, config=data.data_config, image_column=data.image_column, found=found)
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Collator:
-    """Packed rows to train on; what is held out is padded."""
-    packed = PackingCollator(tokenizer.pad_token_id, max_length)
-    padded = DataCollatorWithPadding(tokenizer)
+class _PackedOrPadded:
+    """Packed rows to train on; what is held out is padded. No closure, which workers that are not forked cannot get."""
 
-    def collate(features: list[dict[str, Any]]) -> Any:
-        return packed(features) if "lengths" in features[0] else padded(features)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self._packed = PackingCollator(tokenizer.pad_token_id, max_length)
+        self._padded = DataCollatorWithPadding(tokenizer)
 
-    return collate
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        return self._packed(features) if "lengths" in features[0] else self._padded(features)
