@@ -1,4 +1,4 @@
-"""What the oldest and the newest versions of the dependencies must do: a loss, a capture, a run, a resume.
+"""What the oldest and the newest versions of the dependencies must do: a loss, a capture, a run, a resume, two ranks.
 
 Continuous integration runs this file in an environment of its own at each end, with the sdist and the wheel (.ci/run).
 """
@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CommandLine
+from one_step import one_step
 from own_attention import own_attention_matches
 from tiny_models import tiny_inputs, tiny_model
 from transformers import AutoModel, TrainerCallback
+from two_ranks import on_two_ranks
 
 import minilm
 import minilm_kernels
@@ -102,3 +104,13 @@ def test_a_resumed_run_ends_bitwise_as_one_that_was_not_stopped(
     assert steps.begun == [1, 2, 3, 3, 4, 5]  # a checkpoint every second step
     whole, resumed = (Path(folder, "model.safetensors").read_bytes() for folder in ("whole", "stopped"))
     assert whole == resumed
+
+
+def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
+    """Twelve sequences, four of them empty, so that the micro-batches and the ranks hold different numbers."""
+    on_two_ranks(one_step, tmp_path / "two", 2, 3)
+    one_step(tmp_path / "one", 12, 1)
+    one, two = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+    logged = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)

@@ -1,20 +1,18 @@
 """The Trainer: a step is the mean over its sequences, and what it logs, evaluates, saves, resumes and refuses."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from one_step import NO_DROPOUT, one_step, sequences, trainer
+from one_step import NO_DROPOUT, sequences, trainer
 from tiny_models import tiny_inputs, tiny_model
 from tiny_text import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from two_ranks import on_two_ranks
 
 from minilm import MiniLMLoss, fused_minilm_loss
 from minilm.models.capture import attention_qkv
@@ -96,16 +94,6 @@ def test_a_step_is_the_mean_over_its_sequences(tmp_path: Path, batch: int, accum
     assert logged["loss"] == pytest.approx(sum(relations.values()).item(), rel=1e-4)
     for name, value in relations.items():
         assert logged[name] == pytest.approx(value.item(), rel=1e-4)
-
-
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    """Twelve sequences, four of them empty, so that the micro-batches and the ranks hold different numbers."""
-    on_two_ranks(one_step, tmp_path / "two", 2, 3)
-    one_step(tmp_path / "one", 12, 1)
-    one, two = (AutoModel.from_pretrained(tmp_path / name) for name in ("one", "two"))
-    assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-6)
-    logged = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two")]
-    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
 
 def test_logged_relations_are_means_since_the_last_log_and_weigh_to_the_loss(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from minilm.data.encoding import encode
 from minilm.data.faults import DataError
 from minilm.data.packing import Packer, PackingCollator, Row, row_features
 from minilm.data.passes import CHOICE, Position, Source
@@ -250,7 +251,7 @@ class TextStream(IterableDataset[Batch]):
                 yield next(sources[choice])
 
     def _encode(self, texts: list[str], **options: Any) -> Batch:
-        return dict(self.tokenizer(texts, truncation=True, max_length=self.max_length, **options))
+        return dict(encode(self.tokenizer, texts, max_length=self.max_length, **options))
 
 
 def _check_sizes(**sizes: int) -> None:

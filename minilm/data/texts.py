@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from minilm.data.cache import cache_error, cache_faults, fingerprint_hub, load_train_split
+from minilm.data.encoding import encode
 from minilm.data.faults import DataError
 from minilm.data.files import Chosen, choose_files
 from minilm.data.fingerprints import fingerprint_files
@@ -186,12 +187,12 @@ def tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_le
     """
     columns = [name for name in COLUMNS if name in texts.column_names]
 
-    def encode(rows: dict[str, list[str]]) -> Any:
-        return tokenizer(*(rows[name] for name in columns), truncation=True, max_length=max_length)
+    def encoded(rows: dict[str, list[str]]) -> Any:
+        return encode(tokenizer, *(rows[name] for name in columns), max_length=max_length)
 
     # It leaves the truncation set: older `datasets` hash it with the tokenizer, for their cache.
-    encode({name: [""] for name in columns})
-    return texts.map(encode, batched=True, remove_columns=columns, desc="tokenising")
+    encoded({name: [""] for name in columns})
+    return texts.map(encoded, batched=True, remove_columns=columns, desc="tokenising")
 
 
 def find_files(source: str) -> Chosen | None:

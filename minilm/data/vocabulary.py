@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from minilm.data.cache import cache_faults
+from minilm.data.encoding import encode
 from minilm.data.fingerprints import fingerprint_texts
 from minilm.data.streams import TextStream
 from minilm.data.texts import COLUMNS, Texts
@@ -55,7 +56,7 @@ def _count(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_leng
     columns = [name for name in COLUMNS if name in texts.column_names]
 
     def count(rows: dict[str, list[str]]) -> dict[str, Any]:
-        ids = tokenizer(*(rows[name] for name in columns), truncation=True, max_length=max_length)["input_ids"]
+        ids = encode(tokenizer, *(rows[name] for name in columns), max_length=max_length)["input_ids"]
         tokens, counts = np.unique(list(itertools.chain(*ids)), return_counts=True)
         return {"token": tokens, "count": counts}
 
