@@ -23,18 +23,18 @@ pytestmark = [
 
 BF16 = torch.bfloat16
 CASES = [
-    Case(id="plain", n=37, batch=2, student=(2, 2, 6)),
+    Case(id="plain", n=37, batch=2, teacher=(1, 1, 8), student=(1, 1, 6)),
     Case(id="masked", n=37, batch=2, teacher=(1, 1, 8), student=(1, 1, 6), masks=("holes", "empty")),
     Case(
         id="prefix", n=37, batch=2, teacher=(1, 1, 8), student=(1, 1, 8), causal=True, prefix=(9, 30),
         masks=("left", "full"), relations=("qk", "kk"),
     ),
-    Case(id="packed", n=37, packed=(0, 10, 10, 33), causal=True),
+    Case(id="packed", n=37, teacher=(1, 1, 8), student=(1, 1, 6), packed=(0, 10, 10, 33), causal=True),
     Case(id="re-split", n=19, teacher=(4, 2, 12), student=(4, 4, 6), relation_heads=8, layout="tokens first"),
     Case(id="bf16", n=37, dtypes=(BF16, BF16), reduction="token"),
     Case(id="wide", n=19, teacher=(1, 1, 12), student=(1, 1, 130), relations=("qk", "kk"), masks=("right",)),
-    Case(id="two scales", n=37, scale=(0.3, 0.9), relations=("qk", "kk")),
-    Case(id="shared sides", n=19, relations=("qk", "qv", "kk", "qq")),
+    Case(id="two scales", n=19, teacher=(1, 1, 8), student=(1, 1, 6), scale=(0.3, 0.9), relations=("qk", "kk")),
+    Case(id="shared sides", n=19, teacher=(1, 1, 8), student=(1, 1, 6), relations=("qk", "qv", "kk", "qq")),
 ]  # fmt: skip
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
