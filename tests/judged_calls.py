@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -46,6 +47,10 @@ MAINS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 _CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate")
 _STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect")
+
+
+def _is_local(opened: object) -> bool:
+    return isinstance(opened, socket.socket) and opened.family == socket.AF_UNIX
 
 
 class Case(NamedTuple):
@@ -194,7 +199,7 @@ def _watch(box: Sandbox, case: Case) -> list[str]:
     places = tuple(f"{box.root / name}/" for name in ("here", "tmp", "cache"))
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _STARTS:
+        if event in _STARTS and not _is_local(arguments[0]):  # which workers of a data loader are
             found.append(f"{event} {arguments!r}"[:300])
         opens = event == "open" and len(arguments) > 2 and isinstance(arguments[2], int)
         writes = event in _CHANGES or (opens and arguments[2] & (os.O_WRONLY | os.O_RDWR))
