@@ -141,6 +141,14 @@ def test_a_model_that_takes_no_text(evaluation: Run, teacher: str) -> None:
     assert "Traceback" not in err
 
 
+def test_an_unknown_token_that_is_unknown(command: CommandLine, teacher: str, data: str) -> None:
+    path = Path(teacher) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unk_token": ""}))
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *TRAINED)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "does not know its special tokens: maximum recursion depth exceeded" in err
+
+
 def test_bfloat16_without_a_gpu(evaluation: Run, teacher: str) -> None:
     argv = ["--tasks", "sst2", "--protocol", "quick", "--max_train_records", "2", "--max_length", "8", "--bf16"]
     code, out, err = evaluation(teacher, *argv)

@@ -276,7 +276,10 @@ def _and_others(found: list[Any]) -> str:
 
 
 def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    special = len(tokenizer.all_special_tokens)
+    try:
+        special = len(tokenizer.all_special_ids)
+    except Exception as error:  # RecursionError, where the unknown token is itself unknown
+        raise UsageError(f"the tokenizer of {name!r} does not know its special tokens: {one_line(error)}") from error
     if len(tokenizer) <= special:  # what transformers makes of a folder without tokenizer files
         raise UsageError(f"the tokenizer of {name!r} has no tokens but {special} special ones: are its files there?")
     rows = embedding_rows(model)
