@@ -232,6 +232,7 @@ def test_each_mistake_is_one_line_and_leaves_no_file(run: Run, flags: list[str],
     [
         ("data.csv", "text,label\na,0\nb,1,2\n", "at row 2: it has 3 fields, the header 2"),
         ("data.jsonl", '{"text": "a"}\n{"text": 1}\n', "at row 2: the column 'text' holds 1, not text"),
+        ("data.jsonl", '{"text": "a", "also": "\\ud800"}\n', "at row 1: .*surrogates not allowed"),
         ("data.jsonl", '["a"]\n', r"at row 1: \"\['a'\]\" is no record"),
         ("data.txt", "a\n", "is no .csv, .tsv or .jsonl file"),
     ],

@@ -37,6 +37,7 @@ def read_records(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
                     raise UsageError(f"it has no column {column!r}; choose from {list(record)}")
                 if not isinstance(record[column], str):
                     raise UsageError(f"the column {column!r} holds {record[column]!r}, not text")
+            json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half of a surrogate pair, which is no text
             yield record
             row += 1
 
