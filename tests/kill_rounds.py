@@ -33,6 +33,7 @@ import torch
 from kill_and_resume import forked
 from tiny_text import save_teacher, write_lines
 
+from minilm.cli import distill
 from minilm.training.folders import INCOMPLETE
 from minilm.training.runs import METRICS, checkpoints_of, find_fault, step_of
 
@@ -177,6 +178,7 @@ def main() -> int:
     parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    distill.SPEED_SECONDS = 0.01  # or most kills would fall into the measuring of speeds
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = folder + "/cache"

@@ -141,6 +141,17 @@ def test_a_model_that_takes_no_text(evaluation: Run, teacher: str) -> None:
     assert "Traceback" not in err
 
 
+def test_more_layers_than_could_be_made(command: CommandLine, evaluation: Run, teacher: str, data: str) -> None:
+    path = Path(teacher) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**12}))
+    code, _, err = command("--teacher", teacher, "--data", data, "--output_dir", "out", *TRAINED)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "its config has 1000000000000 layers, and no model more than 10000" in err
+    code, _, err = evaluation(teacher, "--tasks", "sst2")
+    assert code == 2
+    assert "its config has 1000000000000 layers, and no model more than 10000" in err
+
+
 def test_an_unknown_token_that_is_unknown(command: CommandLine, teacher: str, data: str) -> None:
     path = Path(teacher) / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"unk_token": ""}))

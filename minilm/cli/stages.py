@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from minilm.cli.arguments import Arguments, own_arguments
 from minilm.cli.demo import teacher_folder
 from minilm.cli.flags import ObjectiveArguments
 from minilm.errors import UsageError
+from minilm.models.configs import read_config
 from minilm.models.layers import num_layers
 from minilm.models.teachers import loading
 from minilm.objectives.mobilebert import transferred_layers
@@ -138,7 +137,7 @@ def _runs_of(stage: Stage, arguments: Arguments) -> dict[str, dict[str, Any]]:
 
 def _config(who: str, name: str) -> Any:
     with loading(who, name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return read_config(name)
 
 
 def _to_be_done(runs: list[Arguments], asked: Arguments) -> list[Arguments]:

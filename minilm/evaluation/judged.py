@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilm.data.fingerprints import fingerprint_files
 from minilm.evaluation.task_data import TaskData
 from minilm.models.batches import Batch
+from minilm.models.configs import read_config
 from minilm.models.speed import measure_speed
 from minilm.models.students import count_parameters
 from minilm.models.teachers import check_complete, check_weights, loading, quiet, resolve_length
@@ -27,7 +28,7 @@ def fingerprint_model(name: str) -> str:
         inner = [path for path in sorted(folder.glob("[0-9]_*/*")) if path.is_file()]
         return fingerprint_files([*files, *inner])
     with loading("model", name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = read_config(name)
     return str(config._commit_hash)
 
 
@@ -44,6 +45,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with loading("model", name), quiet():
         model, info = AutoModel.from_pretrained(
             name,
+            config=read_config(name),
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,

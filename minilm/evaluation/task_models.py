@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from minilm.errors import UsageError
+from minilm.models.configs import read_config
 from minilm.models.students import seeded
 from minilm.models.teachers import (
     check_complete,
@@ -37,7 +38,7 @@ def load_for_task(
             nothing to pad with.
     """
     with loading("model", name), quiet(), _without_bars():
-        wanted = AutoConfig.from_pretrained(name, trust_remote_code=False, **config)
+        wanted = read_config(name, **config)
         with seeded(seed):
             model, info = auto_class.from_pretrained(
                 name,

@@ -3,9 +3,10 @@
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from minilm.errors import UsageError
+from minilm.models.configs import read_config
 from minilm.models.heads import has_vocabulary_head
 from minilm.models.probes import base_of, embedding_rows
 from minilm.models.students import seeded
@@ -25,7 +26,7 @@ def load_student(
     """
     kind = auto_class(teacher) if with_head else AutoModel
     with loading("student", name), quiet():
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **_labels(teacher, with_head))
+        config = read_config(name, **_labels(teacher, with_head))
         with seeded(seed):
             model, info = kind.from_pretrained(
                 name,

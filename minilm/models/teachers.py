@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from minilm.errors import UsageError
+from minilm.models.configs import read_config
 from minilm.models.heads import has_vocabulary_head, logits_of_first
 from minilm.models.probes import embedding_rows
 from minilm.models.teacher_files import explain, one_line
@@ -85,7 +85,7 @@ def _read_teacher(name: str, head: bool) -> Teacher:
     with loading("teacher", name), quiet():
         if os.path.isfile(os.path.join(name, "adapter_config.json")):
             raise ValueError("an adapter")  # which transformers would load with another model below it
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = read_config(name)
     _check_kind(name, config)
     load = _class_with_head(name, config) if head else AutoModel
     with loading("teacher", name), quiet():
